@@ -1,0 +1,144 @@
+"""Makers of tiny but real models and tokenizers: real files in real formats, deterministic, well below a second each."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+CORPUS = (
+    "system user assistant You are a helpful assistant. What is the capital of France? The capital is Paris.",
+    "My order has not arrived yet, please help me. I am sorry to hear that; let me look into it.",
+    '{"category": "delivery", "urgent": true, "product": "lamp", "count": 12}',
+    "Write a short story about a violin maker who lives by the sea and works in the morning.",
+    "One two three four five six seven eight nine ten; 0 1 2 3 4 5 6 7 8 9.",
+    "你好，请帮我查一下订单。谢谢！",
+)
+
+
+@functools.cache
+def _trained(vocab: int) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer(
+    folder: Path | str | None = None, *, vocab: int = 320, template: str | None = CHATML, pad: str | None = PAD
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML's special tokens, saved to `folder` if one is given.
+
+    `vocab` is the number of tokens at most (from 259 on); without `pad` the tokenizer has no padding token.
+    """
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(vocab)),
+        eos_token=END,
+        pad_token=pad,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(START, special=True)]})
+    tokenizer.chat_template = template
+    tokenizer.model_max_length = 256
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_llama(
+    folder: Path | str,
+    *,
+    vocab: int = 320,
+    tie: bool = True,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 32,
+    layers: int = 2,
+    seed: int = 0,
+    dropout: float = 0.0,
+    shard: str = "5GB",
+    tokenizer: bool = True,
+) -> Path:
+    """A Llama of about 30 thousand parameters as a transformers folder; `shard` is the largest file's size ("40KB" makes several)."""
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tie,
+        attention_dropout=dropout,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _write(LlamaForCausalLM, config, Path(folder), dtype, seed, shard, vocab if tokenizer else None)
+
+
+def make_qwen3_moe(
+    folder: Path | str,
+    *,
+    vocab: int = 320,
+    tie: bool = False,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 32,
+    layers: int = 2,
+    experts: int = 4,
+    seed: int = 0,
+    dropout: float = 0.0,
+    shard: str = "5GB",
+    tokenizer: bool = True,
+) -> Path:
+    """A mixture of `experts` experts, two at work per token, in Qwen3-MoE's shape, as a transformers folder."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        moe_intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tie,
+        attention_dropout=dropout,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _write(Qwen3MoeForCausalLM, config, Path(folder), dtype, seed, shard, vocab if tokenizer else None)
+
+
+def _write(kind, config, folder: Path, dtype: torch.dtype, seed: int, shard: str, vocab: int | None) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config).to(dtype)
+        with torch.no_grad():  # far from zero, so that logits differ and a lost tensor shows
+            for name, weight in model.named_parameters():
+                if "norm" not in name:
+                    weight.normal_(0.0, 0.2)
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=shard)
+    if vocab is not None:
+        make_tokenizer(folder, vocab=vocab)
+    return folder
