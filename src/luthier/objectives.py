@@ -1,0 +1,119 @@
+"""A micro-batch to a loss: sums with their unit, so that a step divides once, by all of its trained tokens.
+
+Logits are the largest tensor of a small model's step (a row of 2048 tokens over 128,000 words is 1 GiB in fp32), and
+only those positions count whose next token is trained. So the head runs on these positions alone, and the fp32
+log-softmax over at most `SOFTMAX_BYTES` of logits at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from luthier.data.batches import MicroBatch
+
+IGNORED = -100
+"""The label of a position that is not trained, as transformers and torch have it."""
+
+SOFTMAX_BYTES = 256 * 2**20
+"""Largest piece of fp32 logits that is turned into probabilities at once."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one micro-batch contributes to a step."""
+
+    sum: Tensor
+    """Negative log-likelihood in nats, summed over the trained tokens; fp32 scalar on the graph, zero if there are none."""
+    count: int
+    """Trained tokens that were summed over."""
+    extra: Tensor | None = None
+    """A term that is not a sum, already weighted (the balance loss of a mixture of experts); averaged over micro-batches."""
+
+
+def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Loss:
+    """Negative log-likelihood of a micro-batch's trained tokens, each predicted from those before it.
+
+    Args:
+        model: a transformers causal language model, or a peft model around one; its device is used.
+        micro_batch: `input_ids`, `labels`, `position_ids` of shape (rows, tokens); labels are not shifted.
+
+    Returns:
+        the loss as a sum; gradients flow through it even if no token is trained, so that every device of a step can
+        run the same backward pass.
+    """
+    labels = micro_batch.labels
+    length = labels.shape[1]
+    following = torch.full_like(labels, IGNORED)  # following[:, t] is what position t has to predict
+    following[:, :-1] = labels[:, 1:]
+    is_target = following != IGNORED
+    count = int(is_target.sum())
+    kept = is_target.any(dim=0).nonzero().squeeze(1)
+    if kept.numel() == 0:
+        kept = kept.new_zeros(1)
+
+    device = next(model.parameters()).device
+    kept_there = kept.to(device)
+    select = {"logits_to_keep": kept_there} if kept.numel() < length and _can_select(model) else {}
+    mask = micro_batch.attention_mask
+    outputs = model(
+        input_ids=micro_batch.input_ids.to(device),
+        attention_mask=None if mask is None else mask.to(device),
+        position_ids=micro_batch.position_ids.to(device),
+        use_cache=False,
+        **select,
+    )
+    logits_BKV = outputs.logits
+    if not select:
+        # Prompt tuning puts virtual tokens in front: the row's own positions are the last ones.
+        logits_BKV = logits_BKV[:, -length:][:, kept_there]
+    targets_BK = following[:, kept].to(logits_BKV.device)
+    total = _summed_nll(logits_BKV.flatten(0, 1), targets_BK.flatten())
+    return Loss(total, count, balance_loss(model, outputs))
+
+
+def balance_loss(model: nn.Module, outputs: object) -> Tensor | None:
+    """The weighted balance loss of a mixture of experts (arXiv:2101.03961), where the model's config asks for it.
+
+    It is a product of two means over all tokens of the micro-batch, so it is no sum over tokens. `None` for dense
+    models, and unless `output_router_logits` is set in the config, which is transformers' own switch for it.
+    """
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(config, "output_router_logits", False):
+        return None
+    value = getattr(outputs, "aux_loss", None)
+    return config.router_aux_loss_coef * value if isinstance(value, Tensor) else None
+
+
+def _can_select(model: nn.Module) -> bool:
+    """Whether the model's forward computes logits at given positions only."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def _summed_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum of the negative log-likelihoods in fp32, with bounded working memory forwards and backwards."""
+    rows = max(1, SOFTMAX_BYTES // (4 * logits_NV.shape[1]))
+    if len(logits_NV) <= rows:
+        return _nll(logits_NV, targets_N)
+    pieces = [
+        # Without recomputing, each piece's probabilities would be held for the backward pass, and nothing saved.
+        checkpoint(_nll, logits, targets, use_reentrant=False, preserve_rng_state=False)
+        for logits, targets in zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    ]
+    return torch.stack(pieces).sum()
+
+
+def _nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
