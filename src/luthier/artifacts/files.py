@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from luthier.errors import ArtifactError, RequestError
+from luthier.errors import ArtifactError, LuthierError, RequestError
 
 if sys.platform == "win32":
     import msvcrt
@@ -123,10 +123,10 @@ def readable_size(size: float) -> str:
     raise AssertionError("unreachable")
 
 
-def no_room(error: OSError, where: Path, needed: int | None = None) -> RequestError:
+def no_room(error: OSError, where: Path, needed: int | None = None) -> LuthierError:
     """The error for a full disk, with how much is free and what to do."""
     need = f" and {readable_size(needed)} were needed" if needed else ""
-    return RequestError(
+    return LuthierError(
         f"the disk is full ({os.strerror(error.errno or errno.ENOSPC)}): {readable_size(free_bytes(where))} are free{need}.",
         code="disk-full",
         where=str(where),

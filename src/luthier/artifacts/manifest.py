@@ -17,7 +17,7 @@ from typing import Any
 
 import blake3
 
-from luthier.artifacts.files import flush_file, inside
+from luthier.artifacts.files import flush_file, forget_cached, inside
 from luthier.artifacts.tensorfile import FilePlan, Place, TensorSpec, read_header
 from luthier.errors import ArtifactError
 
@@ -222,6 +222,14 @@ def _check_header(folder: Path, name: str, expected: list[Place]) -> list[Proble
         if tensor in found and (found[tensor].spec, found[tensor].offset) != (place.spec, place.offset)
     ]  # fmt: skip
     return problems
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache where the system can, so that `verify` reads the device."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                forget_cached(file.fileno())
 
 
 def verify(folder: Path, *, threads: int = 4) -> tuple[Manifest | None, list[Problem]]:

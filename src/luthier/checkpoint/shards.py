@@ -1,0 +1,97 @@
+"""The part of each tensor that this process holds, as a copy in host memory.
+
+FSDP2 shards along dimension 0, so a shard is one stretch of the whole tensor's elements: a start and a length. A
+tensor that is sharded otherwise is gathered; one that every process holds is written by the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as RowShard
+
+from luthier.checkpoint.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements ``[start, start + data.numel())`` of a tensor; ``data`` is contiguous and on the CPU."""
+
+    data: torch.Tensor
+    start: int
+
+    @property
+    def bytes(self) -> memoryview:
+        """The data's bytes, not a copy."""
+        flat = self.data.reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def stretch_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+    """This process's stretch of a tensor (not a copy) and its first element.
+
+    None where what it holds is no single stretch: sharded along another dimension, or along several.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0
+    sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    local = tensor.to_local().detach()
+    if not sharded:
+        return local, 0
+    placement = tensor.placements[sharded[0]]
+    if len(sharded) > 1 or type(placement) is not RowShard or placement.dim != 0:
+        return None
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    rows = -(-tensor.shape[0] // mesh.size(sharded[0]))  # torch.chunk's rule: the last ones get less, or nothing
+    row = tensor.numel() // tensor.shape[0] if tensor.shape[0] else 0
+    return local, min(coordinate[sharded[0]] * rows, tensor.shape[0]) * row
+
+
+def writes(tensor: torch.Tensor, ranks: Ranks) -> bool:
+    """Whether this process writes its part: of replicas only the first does."""
+    if not isinstance(tensor, DTensor):
+        return ranks.rank == 0
+    coordinate = tensor.device_mesh.get_coordinate()
+    replicas = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    return coordinate is not None and all(coordinate[i] == 0 for i in replicas)
+
+
+class HostBuffers:
+    """Host memory for snapshots, allocated once and reused: a training run saves the same tensors again and again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def snapshot(
+        self, tensors: Mapping[str, torch.Tensor], ranks: Ranks, gathered: Collection[str] = ()
+    ) -> dict[str, Shard]:
+        """Copy this process's part of every tensor; the copies are valid until the next call.
+
+        Tensors named in ``gathered``, and those that are no stretch of rows, are brought whole to the first rank,
+        which is a collective call. Returns when the copying is done, so that the next step may change the originals.
+        """
+        shards: dict[str, Shard] = {}
+        devices = set()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) and (name in gathered or stretch_of(tensor) is None):
+                tensor = tensor.full_tensor()
+            local, start = stretch_of(tensor) or (tensor, 0)
+            if local.numel() == 0 or not writes(tensor, ranks):
+                continue
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                pinned = local.device.type == "cuda"
+                buffer = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=pinned)
+                self._buffers[name] = buffer
+            buffer.copy_(local, non_blocking=True)
+            if local.device.type != "cpu":
+                devices.add(local.device)
+            shards[name] = Shard(buffer, start)
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        return shards

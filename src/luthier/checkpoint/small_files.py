@@ -1,0 +1,51 @@
+"""The small files beside the weights: configs, tokenizer, template. Rendered once, before the first step."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from luthier.checkpoint.layout import active_adapter, is_adapter
+
+
+def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
+    """Render config, generation config, tokenizer and template as a transformers or peft folder holds them.
+
+    The model is not changed: its config is copied before it is given what a saved one needs.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if is_adapter(model):
+            _adapter_config(model, folder)
+            base = model.get_base_model()  # type: ignore[operator]
+        else:
+            _model_config(model, folder)
+            base = model
+        generation = getattr(base, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def _adapter_config(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.peft_config[active_adapter(model)])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def _model_config(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if getattr(config, "auto_map", None):
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, folder, config=config)
