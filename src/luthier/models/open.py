@@ -6,11 +6,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from luthier.config.schema import ModelConfig
+from luthier.errors import ArtifactError, RequestError
+from luthier.models import hub
+from luthier.models.coverage import check_coverage
+from luthier.models.folder import check_config, check_folder, read_json
+from luthier.models.gguf import gguf_config, open_gguf
+from luthier.models.gguf_header import GgufHeader, read_gguf_header
+from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import DTYPES, resolve_precision
+from luthier.models.settings import check_attention, set_dropout
 from luthier.models.source import BaseSource, find_source
+from luthier.models.template import end_of_turn, set_padding, set_template
+from luthier.models.vocabulary import add_tokens, make_rows
 
 __all__ = ["Base", "BaseSource", "open_base", "open_tokenizer", "resolve_precision"]
 
@@ -20,7 +37,12 @@ class Base:
     """A base model in evaluation mode with its tokenizer.
 
     Attributes:
-        new_token_ids: ids of `model.new_tokens`, whose embedding rows are to be trained.
+        model: in its precision, on its device; nothing about it tells what file format it came from.
+        tokenizer: with the run's template and new tokens, padding on the right.
+        source: where it came from; `source.name` and `source.revision` are what an adapter should name.
+        new_token_ids: ids of the tokens that were added, whose embedding rows are to be trained.
+        differs: plain libraries would not find this model at the source (a GGUF, a vocabulary that grew), so it has to be
+            written once as a folder that an adapter can name.
         notes: what was decided on the way and the user should know, one sentence each.
     """
 
@@ -28,23 +50,161 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     source: BaseSource
     new_token_ids: tuple[int, ...] = ()
+    differs: bool = False
     notes: list[str] = field(default_factory=list)
 
 
 def open_base(model: ModelConfig, *, device: str | torch.device = "cpu") -> Base:
-    """Opens a base model on `device`, in its precision, with its tokenizer."""
-    source = find_source(model)
-    tokenizer = open_tokenizer(model)
-    options: dict[str, Any] = {}
+    """Opens a base model on `device`, in its precision, with its tokenizer; the same in evaluation mode every time.
+
+    Raises:
+        RequestError: there is no such model, it needs code of its own, is quantised, or a setting does not fit it.
+        ArtifactError: a file is missing, cut off or damaged, or the tensors found are not the ones expected.
+    """
+    if model.attention is not None:
+        check_attention(model.attention)
+    found = _find(model)
+    tokenizer, ids, notes = _tokenizer(model, found)
+    config = _config(model, found)
+    if model.dropout is not None:
+        set_dropout(config, model.dropout)
+    options: dict[str, Any] = {"device_map": {"": torch.device(device)}}
     if model.attention is not None:
         options["attn_implementation"] = model.attention
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source.path or source.name, dtype=DTYPES[resolve_precision(model, device)], device_map={"": device}, **options
-    )
-    return Base(loaded, tokenizer, source)
+    dtype = DTYPES[resolve_precision(model, device)]
+    if found.header is not None:
+        loaded = open_gguf(found.source, found.header, config, dtype, options)
+    else:
+        loaded = _load(model, found.source, config, dtype, options)
+    loaded.config.dtype = dtype
+    grown = make_rows(loaded, ids)
+    _set_generation(loaded, tokenizer)
+    return Base(loaded, tokenizer, found.source, ids, grown or found.source.kind == "gguf", notes)
 
 
 def open_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Opens a base's tokenizer with the run's template and new tokens applied; no weights are read."""
+    return _tokenizer(model, _find(model, weights=False))[0]
+
+
+@dataclass(frozen=True)
+class _Found:
+    source: BaseSource
+    header: GgufHeader | None
+
+
+def _find(model: ModelConfig, *, weights: bool = True) -> _Found:
     source = find_source(model)
-    return AutoTokenizer.from_pretrained(source.path or source.name)
+    if source.kind == "gguf":
+        assert source.path is not None
+        return _Found(source, read_gguf_header(source.path))
+    if source.kind == "hub":
+        source, config = hub.fetch_config(source)
+    else:
+        assert source.path is not None
+        config = check_folder(source.path) if weights else _plain_config(source)
+    check_config(config, source.name, trust_remote_code=model.trust_remote_code)
+    return _Found(source, None)
+
+
+def _plain_config(source: BaseSource) -> dict[str, Any]:
+    assert source.path is not None
+    return read_json(source.path / "config.json")
+
+
+def _config(model: ModelConfig, found: _Found) -> PreTrainedConfig:
+    if found.header is not None:
+        return gguf_config(found.source, found.header)
+    return AutoConfig.from_pretrained(
+        _address(found.source), revision=_revision(found.source), trust_remote_code=model.trust_remote_code
+    )
+
+
+def _tokenizer(model: ModelConfig, found: _Found) -> tuple[PreTrainedTokenizerBase, tuple[int, ...], list[str]]:
+    notes: list[str] = []
+    if found.header is not None:
+        tokenizer, notes = open_gguf_tokenizer(found.source, found.header)
+    else:
+        tokenizer = _load_tokenizer(model, found.source)
+    ids = add_tokens(tokenizer, model.new_tokens)
+    known = [token for token in model.new_tokens if tokenizer.convert_tokens_to_ids(token) not in ids]
+    if known:
+        notes.append(f"In the vocabulary already, so not added: {', '.join(known)}.")
+    if model.template is not None:
+        set_template(tokenizer, model.template)
+    padding = set_padding(tokenizer)
+    return tokenizer, ids, [*notes, *([padding] if padding else [])]
+
+
+def _load_tokenizer(model: ModelConfig, source: BaseSource) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            _address(source), revision=_revision(source), trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if source.kind == "hub" and isinstance(error, OSError):
+            raise hub.explain(error, source) from error
+        if "trust_remote_code" in str(error):
+            raise RequestError(
+                f"the tokenizer of {source.name} needs Python code of its own.",
+                code="needs-remote-code",
+                where="model.trust_remote_code",
+                remedy="Read that code; if you trust it, set model.trust_remote_code: true.",
+            ) from error
+        raise ArtifactError(
+            f"its tokenizer cannot be opened: {error}",
+            code="no-tokenizer",
+            where=source.name,
+            remedy="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
+        ) from error
+
+
+def _load(
+    model: ModelConfig, source: BaseSource, config: PreTrainedConfig, dtype: torch.dtype, options: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        # Mismatched sizes are let through here so that `check_coverage` reports them with the rest.
+        loaded, loading = AutoModelForCausalLM.from_pretrained(
+            _address(source),
+            revision=_revision(source),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except ImportError as error:
+        raise RequestError(
+            f"{error}", code="missing-package", where="model.attention" if model.attention else "model.path"
+        ) from error
+    except OSError as error:
+        if source.kind == "hub":
+            raise hub.explain(error, source) from error
+        raise ArtifactError(f"cannot be opened: {error}", code="unreadable", where=source.name) from error
+    check_coverage(loading, source.name)
+    return loaded
+
+
+def _address(source: BaseSource) -> str:
+    return source.name if source.kind == "hub" else str(source.path)
+
+
+def _revision(source: BaseSource) -> str | None:
+    return source.revision if source.kind == "hub" else None
+
+
+def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets generation stop where a turn ends, and pad with the tokenizer's padding token."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    ends = generation.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    for end in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
+        if end is not None and end not in ends:
+            ends.append(end)
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
