@@ -1,0 +1,152 @@
+"""The cache of tokenised sources: one folder a source, named by everything that its content depends on.
+
+A folder is written beside its place and renamed into it, so that it is there whole or not at all. Finding one reads no
+data file: a file's digest is remembered by its path, inode, size and time of change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from luthier.artifacts.files import NO_ROOM, no_room, write_file
+from luthier.artifacts.fingerprint import cache_folder, of_file
+from luthier.config.schema import SourceConfig
+from luthier.data.sources import find_files, load_hub
+from luthier.data.tokens import ARRAYS, Shard
+
+VERSION = 1
+"""Part of every name: raised when the arrays or what goes into them change meaning."""
+_PROBE = "The quick brown fox, 1234567890!\n\tdef f(x): return x**2  # ünïcödé\r\n你好，世界。こんにちは 안녕 🙂 <|x|>"
+
+
+def token_folder(cache: Path | None) -> Path:
+    """Where tokenised sources lie: in ``cache`` if one is given, else with the rest of what may be derived again."""
+    return cache if cache is not None else cache_folder() / "tokens"
+
+
+def source_digest(source: SourceConfig) -> str:
+    """Digest of a source's content: of its files' bytes and names, or of a hub data set's own fingerprint."""
+    files = find_files(source)
+    digest = blake3()
+    if files is None:
+        digest.update(str(load_hub(source)._fingerprint).encode())
+    for path in files or []:
+        digest.update(f"{path.resolve()}\0{of_file(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of what decides a tokenizer's output: vocabulary, merges, normalisers, added and special tokens, template."""
+    digest = blake3()
+    backend = tokenizer.backend_tokenizer
+    file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
+    if file.is_file():  # writing out a large vocabulary takes half a second, looking up its file's digest nothing
+        digest.update(of_file(file).encode())
+        for step in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
+            digest.update(str(step).encode())
+    else:
+        digest.update(backend.to_str().encode())
+    facts = {
+        "class": type(tokenizer).__name__,
+        "size": len(tokenizer),
+        "added": tokenizer.get_added_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+        "probe": tokenizer(_PROBE)["input_ids"],
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def digest_of(*parts: Any) -> str:
+    """Digest of JSON data."""
+    return blake3(json.dumps([VERSION, *parts], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def open_shard(folder: Path) -> Shard | None:
+    """Open a source's folder in the cache; None if it is not there, or not what was written."""
+    try:
+        facts = json.loads((folder / "facts.json").read_bytes())
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS}
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return Shard(folder, facts) if sizes == facts["sizes"] else None
+
+
+class ShardWriter:
+    """Writes a source's arrays sample by sample; ``publish`` makes them findable, ``discard`` removes them."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        self._files = {name: open(self._folder / f"{name}.bin", "wb") for name in ARRAYS}  # noqa: SIM115
+        self._end = 0
+        self._record_end = 0
+
+    def add(
+        self, ids: NDArray[np.int32], mask: NDArray[np.bool_], *, digest: int, file: int, line: int, record: bytes
+    ) -> None:
+        """Append one sample."""
+        self._end += len(ids)
+        self._record_end += len(record)
+        self._put("ids", ids)
+        self._put("mask", mask)
+        for name, value in (("ends", self._end), ("trained", mask.sum()), ("digests", digest), ("files", file)):
+            self._put(name, value)
+        self._put("lines", line)
+        self._put("record_ends", self._record_end)
+        self._files["records"].write(record)
+
+    def _put(self, name: str, values: Any) -> None:
+        try:
+            self._files[name].write(np.asarray(values, ARRAYS[name]).tobytes())
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise no_room(error, self._target.parent) from error
+            raise
+
+    def publish(self, facts: dict[str, Any]) -> Shard:
+        """Rename the folder into its place; what another process has put there meanwhile is as good."""
+        for file in self._files.values():
+            file.close()
+        sizes = {name: (self._folder / f"{name}.bin").stat().st_size for name in ARRAYS}
+        facts = {**facts, "sizes": sizes}
+        write_file(self._folder / "facts.json", json.dumps(facts, ensure_ascii=False).encode())
+        if self._target.exists() and open_shard(self._target) is None:
+            shutil.rmtree(self._target)
+        try:
+            os.rename(self._folder, self._target)
+        except OSError:
+            if open_shard(self._target) is None:
+                raise
+            shutil.rmtree(self._folder)
+        return Shard(self._target, facts)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        for file in self._files.values():
+            file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def summary_of(values: Sequence[int] | NDArray) -> dict[str, float]:
+    """Describe lengths in tokens: least, mean, median, 95th percentile, greatest."""
+    numbers = np.asarray(values)
+    return {
+        "min": int(numbers.min()),
+        "mean": round(float(numbers.mean()), 1),
+        "median": float(np.median(numbers)),
+        "p95": float(np.percentile(numbers, 95)),
+        "max": int(numbers.max()),
+    }

@@ -1,0 +1,273 @@
+"""One source into arrays: records are read, recognised, rendered and tokenised, and every sample is accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from blake3 import blake3
+
+from luthier.config.schema import SourceConfig
+from luthier.data.cache import ShardWriter
+from luthier.data.encoding import check_encoding
+from luthier.data.formats import Conversation, Text, check_columns, convert, map_columns, require_format
+from luthier.data.offenders import SHOWN, Offenders, Place, SampleError
+from luthier.data.plain import PlainText
+from luthier.data.sources import read_records
+from luthier.data.template import ChatTemplate, Encoded, TrainOn
+from luthier.data.tokens import Shard
+from luthier.errors import RequestError
+
+TOGETHER = 512
+"""Samples tokenised in one call, which the tokenizer spreads over all cores."""
+TEXT_TOGETHER = 4 << 20
+"""Characters of plain text tokenised in one call."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides how a source becomes tokens, beside the source and the tokenizer."""
+
+    method: Literal["sft", "pretrain"]
+    train_on: TrainOn
+    too_long: Literal["truncate", "drop", "split"]
+    on_bad: Literal["error", "skip"]
+    max_length: int
+    columns: dict[str, str] = field(default_factory=dict)
+    encoding: str | None = None
+
+
+@dataclass
+class Counts:
+    """What became of the samples of one source."""
+
+    read: int = 0
+    """Samples in the source, broken ones not counted."""
+    skipped: int = 0
+    """Broken samples left out under `on_bad: skip`."""
+    empty: int = 0
+    """Samples without any text, left out."""
+    empty_answers: int = 0
+    """Samples whose answers are all blank; kept."""
+    untrained: int = 0
+    """Samples without a token to train on, left out."""
+    truncated: int = 0
+    dropped: int = 0
+    split: int = 0
+    """Samples longer than a row and what was done: cut off, left out, or cut into several."""
+    all_trained: int = 0
+    """Samples of which every token is trained."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    place: Place
+    content: Conversation | Text
+    record: bytes
+    digest: int
+
+
+def tokenise(source: SourceConfig, tokenizer: Any, options: Options, target: Path, fingerprint: str) -> Shard:
+    """Tokenise a source into the folder ``target``; raises RequestError for what cannot be read or trained on."""
+    check_encoding(options.encoding)
+    check_columns(options.columns)
+    writer = ShardWriter(target)
+    try:
+        return _Tokenising(source, tokenizer, options, writer).run(fingerprint)
+    except BaseException:
+        writer.discard()
+        raise
+
+
+class _Tokenising:
+    def __init__(self, source: SourceConfig, tokenizer: Any, options: Options, writer: ShardWriter) -> None:
+        self._source = source
+        self._tokenizer = tokenizer
+        self._options = options
+        self._writer = writer
+        self._offenders = Offenders(options.on_bad)
+        self._counts = Counts()
+        self._files: dict[str, int] = {}
+        self._untrained_places: list[str] = []
+        self._encoded = 0
+        self._written = 0
+        self._format: str | None = None
+        self._plain = PlainText(tokenizer)
+        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+
+    def run(self, fingerprint: str) -> Shard:
+        for samples in _grouped(self._samples()):
+            self._encode(samples)
+        self._offenders.finish()
+        self._counts.skipped = self._offenders.count
+        self._check()
+        facts = {
+            "fingerprint": fingerprint,
+            "path": self._source.path,
+            "format": self._format,
+            "files": list(self._files),
+            "counts": asdict(self._counts),
+            "skipped_places": self._offenders.first,
+            "untrained_places": self._untrained_places,
+            "end_of_turn": self._template.end_of_turn if self._template else None,
+        }
+        return self._writer.publish(facts)
+
+    def _samples(self) -> Iterator[_Sample]:
+        for record in read_records(self._source, self._options.encoding, self._offenders):
+            try:
+                values = map_columns(record.values, self._options.columns)
+                if self._format is None:
+                    self._format = require_format(values, str(record.place))
+                    self._check_format(self._format, record.place)
+                content = convert(values, self._format, whole=record.whole)
+            except SampleError as error:
+                self._offenders.add(record.place, str(error))
+                continue
+            self._offenders.passed()
+            self._counts.read += 1
+            if _is_empty(content):
+                self._counts.empty += 1
+                continue
+            yield _sample(record.place, content)
+
+    def _check_format(self, name: str, place: Place) -> None:
+        if self._options.method == "pretrain" and name != "text":
+            raise RequestError(
+                f"{place} holds samples of the format {name}, and `method: pretrain` trains on plain text.",
+                code="not-text",
+                where="method",
+                remedy="Set `method: sft`, with `data.train_on: all` to train on every token; or name the text's column "
+                "with `data.columns: {text: …}`.",
+            )
+        if self._options.method == "sft" and name == "text" and self._options.train_on != "all":
+            raise RequestError(
+                f"{place} holds plain text, in which no answers can be told apart to train on.",
+                code="no-answers",
+                where="data.train_on",
+                remedy="Set `method: pretrain`, or `data.train_on: all`; or bring the data into messages or "
+                "prompt/completion form.",
+            )
+
+    def _encode(self, samples: list[_Sample]) -> None:
+        encoded: list[Encoded | SampleError]
+        if isinstance(samples[0].content, Text):
+            encoded = self._plain.encode_texts([sample.content for sample in samples])
+        elif self._template is None and samples[0].content.separator is not None:
+            encoded = self._plain.encode_pairs([sample.content for sample in samples], self._options.train_on)
+        else:
+            if self._template is None:
+                self._template = ChatTemplate(self._tokenizer)  # raises: there is none
+            encoded = self._template.encode([sample.content for sample in samples], self._options.train_on)
+        for sample, result in zip(samples, encoded, strict=True):
+            if isinstance(result, SampleError):
+                self._offenders.add(sample.place, str(result))
+            else:
+                self._keep(sample, *result)
+
+    def _keep(self, sample: _Sample, ids: Any, mask: Any) -> None:
+        self._encoded += 1
+        self._counts.all_trained += bool(mask.any() and mask[1:].all())
+        self._counts.empty_answers += _answers_nothing(sample.content)
+        longest, rule = self._options.max_length, self._options.too_long
+        pieces = [(ids, mask)]
+        if len(ids) > longest and rule == "drop":
+            self._counts.dropped += 1
+            return
+        if len(ids) > longest and rule == "truncate":
+            self._counts.truncated += 1
+            pieces = [(ids[:longest], mask[:longest])]
+        elif len(ids) > longest:
+            self._counts.split += 1
+            pieces = [(ids[at : at + longest], mask[at : at + longest]) for at in range(0, len(ids), longest)]
+        kept = 0
+        for piece, trained in pieces:
+            trained = trained.copy()
+            trained[:1] = False  # nothing before it predicts a sample's first token
+            if trained.any():
+                self._write(sample, piece, trained)
+                kept += 1
+        if not kept:
+            self._counts.untrained += 1
+            if len(self._untrained_places) < SHOWN:
+                self._untrained_places.append(str(sample.place))
+
+    def _write(self, sample: _Sample, ids: Any, mask: Any) -> None:
+        file = self._files.setdefault(sample.place.file, len(self._files))
+        self._writer.add(ids, mask, digest=sample.digest, file=file, line=sample.place.line, record=sample.record)
+        self._written += 1
+
+    def _check(self) -> None:
+        counts, path = self._counts, self._source.path
+        answers_only = self._options.train_on != "all" and self._options.method == "sft"
+        if answers_only and self._written and counts.all_trained == self._encoded:
+            raise RequestError(
+                f"Every token of every sample in {path} would be trained, the questions too.",
+                code="mask-full",
+                where="data.train_on",
+                remedy="The data hold answers without questions, or the template marks everything as generated. If that "
+                "is meant, set `data.train_on: all`.",
+            )
+        if self._written:
+            return
+        if counts.dropped:
+            raise RequestError(
+                f"All {counts.dropped} samples in {path} are longer than {self._options.max_length} tokens and were dropped.",
+                code="no-samples",
+                where="train.max_length",
+                remedy="Raise `train.max_length`, or set `data.too_long: truncate` or `split`.",
+            )
+        if counts.untrained:
+            raise RequestError(
+                f"No sample in {path} has a token to train on (the first: {', '.join(self._untrained_places)}).",
+                code="mask-empty",
+                where="data.train_on",
+                remedy="Conversations need assistant turns within `train.max_length`; to train on every token, set "
+                "`data.train_on: all`.",
+            )
+        why = f"; {counts.skipped} broken ones were skipped, {counts.empty} are empty" if counts.skipped else ""
+        raise RequestError(
+            f"{path} holds no sample{why}.", code="no-samples", where=path, remedy="Check the file, or leave it out."
+        )
+
+
+def _sample(place: Place, content: Conversation | Text) -> _Sample:
+    if isinstance(content, Text):
+        digest, record = blake3(content.text.encode()), b""
+    else:
+        fields = {"messages": content.messages, "tools": content.tools}
+        record = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+        digest = blake3(record)
+    return _Sample(place, content, record, int.from_bytes(digest.digest(length=8), "little"))
+
+
+def _is_empty(content: Conversation | Text) -> bool:
+    if isinstance(content, Text):
+        return not content.text.strip()
+    return not any(message["content"].strip() or message.get("tool_calls") for message in content.messages)
+
+
+def _answers_nothing(content: Conversation | Text) -> bool:
+    if isinstance(content, Text):
+        return False
+    answers = [message for message in content.messages if message["role"] == "assistant"]
+    return bool(answers) and not any(message["content"].strip() or message.get("tool_calls") for message in answers)
+
+
+def _grouped(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
+    """Group samples for one call of the tokenizer, bounded in number and in text."""
+    iterator = iter(samples)
+    while group := list(islice(iterator, 1)):
+        size = _size(group[0])
+        while len(group) < TOGETHER and size < TEXT_TOGETHER and (more := next(iterator, None)) is not None:
+            group.append(more)
+            size += _size(more)
+        yield group
+
+
+def _size(sample: _Sample) -> int:
+    return len(sample.content.text) if isinstance(sample.content, Text) else len(sample.record)
