@@ -17,32 +17,16 @@ FORMAT = 1
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
-def _number(value: Any) -> Any:
-    """Read ``1e-4`` as a number: YAML 1.1 calls it a string because it lacks a dot."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _whole(value: Any) -> Any:
-    """Read ``1e3`` as a whole number; ``1.5`` stays what it is and is refused by the type."""
-    number = _number(value)
-    if isinstance(number, float) and number.is_integer():
-        return int(number)
-    return number
-
-
-Real = Annotated[float, BeforeValidator(_number)]
-Whole = Annotated[int, BeforeValidator(_whole)]
+Real = float
+Whole = int
 
 
 class Section(BaseModel):
     """One block of the run file: unknown keys are errors, and values are checked when they are set."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -138,13 +122,13 @@ class OptimConfig(Section):
     """Learning rate over the run, after warm-up. `wsd` holds it, then falls linearly over the last fifth."""
     warmup: Annotated[Real, Field(ge=0)] = 0.03
     """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
-    min_lr: Annotated[Real, Field(ge=0)] = 0.0
+    min_lr: Annotated[Real, Field(ge=0, le=1)] = 0.0
     """Learning rate at the end of the schedule, as a share of `lr`."""
     clip: Annotated[Real, Field(gt=0)] | None = 1.0
     """Largest norm of the whole gradient; `null` for no clipping."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Weight decay; norms and biases are left out."""
-    betas: tuple[Real, Real] = (0.9, 0.999)
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: Annotated[Real, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
@@ -193,6 +177,17 @@ class TrainConfig(Section):
         if self.batch_tokens is not None and self.batch_samples is not None:
             raise ValueError("train.batch_tokens and train.batch_samples exclude each other; keep one of them.")
         return self
+
+
+def _whole(value: Any) -> Any:
+    """Read ``1e3`` steps as a whole number; a text with a unit stays what it is."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number of steps is needed, not {str(value).lower()}.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value
+    return int(number) if number.is_integer() else value
 
 
 Interval = Annotated[int | str, BeforeValidator(_whole)]
@@ -252,19 +247,32 @@ class CheckpointConfig(Section):
         return self
 
 
+def _model_short_form(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _adapter_short_form(value: Any) -> Any:
+    if isinstance(value, str):
+        return None if value.lower() == "none" else {"type": value}
+    return value
+
+
 class RunConfig(Section):
     """A run file: one model, one data set, one way of training, one output folder."""
 
     format: Literal[1] = FORMAT
     """Version of the run file's format."""
-    model: ModelConfig
+    model: Annotated[ModelConfig, BeforeValidator(_model_short_form, json_schema_input_type=ModelConfig | str)]
     """A path or hub id, or {path, revision, precision, template, …}."""
     data: DataConfig
     """What the model is trained on."""
     method: Literal["sft", "pretrain"] = "sft"
     """`sft` trains on the answers of conversations; `pretrain` on every token of plain text."""
-    adapter: AdapterConfig | None = None
-    """The adapter to train; `none`, or left out: full fine-tuning."""
+    adapter: Annotated[
+        AdapterConfig | None,
+        BeforeValidator(_adapter_short_form, json_schema_input_type=AdapterConfig | str | None),
+    ] = None
+    """The adapter to train, or its type alone (`lora`); `none`, or left out: full fine-tuning."""
     optim: OptimConfig = OptimConfig()
     """How weights are updated."""
     train: TrainConfig = TrainConfig()
@@ -280,14 +288,12 @@ class RunConfig(Section):
     callbacks: list[str] = []
     """Functions of yours as `module:function`, called with an event at start, step, evaluation, checkpoint and end."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        if isinstance(values.get("model"), str):
-            values["model"] = {"path": values["model"]}
-        if values.get("adapter") in ("none", "None"):
-            values["adapter"] = None
-        return values
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> RunConfig:
+        if self.optim.name == "muon" and self.adapter is not None:
+            raise ValueError(
+                "optim.name muon trains the matrices of full fine-tuning; with an adapter take adamw or adafactor."
+            )
+        if self.optim.states == "8bit" and self.optim.name != "adamw":
+            raise ValueError(f"optim.states 8bit are AdamW's; optim.name is {self.optim.name}. Take adamw, or 32bit.")
+        return self
