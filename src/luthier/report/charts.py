@@ -68,7 +68,7 @@ def draw(chart: Chart) -> str:
         return (step - low_x) / (high_x - low_x)
 
     def y(value: float) -> float:
-        return 1 - (value - low_y) / (high_y - low_y)
+        return max(0.0, 1 - (value - low_y) / (high_y - low_y))  # what exceeds the scale runs along its edge
 
     ticks_x = [tick for tick in nice_ticks(low_x, high_x, 5) if float(tick).is_integer()]
     ticks_y = nice_ticks(low_y, high_y, 4 if chart.height < 200 else 5)
@@ -91,25 +91,34 @@ def draw(chart: Chart) -> str:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Return a curve through the noise: means of up to 400 groups under a Gaussian of 2 % of the width.
+    """Return a curve through the noise: up to 400 group means, each replaced by a line fitted to its neighbourhood.
 
-    A Gaussian looks both ways, so the curve does not lag behind its points as a running mean does.
+    The neighbourhood is a Gaussian of 2 % of the width. Fitting a line, instead of averaging, neither lags behind nor
+    bends flat at the ends, where the first loss is highest (local linear regression, Cleveland 1979).
     """
     known = [(step, value) for step, value in points if value is not None]
-    group = math.ceil(len(known) / 400)
-    means = [
-        (sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part))
-        for part in (known[start : start + group] for start in range(0, len(known), group or 1))
-    ]
-    sigma = max(1.0, len(means) * 0.02)
+    group = max(1, math.ceil(len(known) / 400))
+    parts = [known[start : start + group] for start in range(0, len(known), group)]
+    means = [(sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part)) for part in parts]
+    sigma = max(1.5, len(means) * 0.02)
     reach = math.ceil(3 * sigma)
-    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
-    curve: list[Point] = []
-    for index, (step, _) in enumerate(means):
-        first, last = max(0, index - reach), min(len(means), index + reach + 1)
-        near = weights[first - index + reach : last - index + reach]
-        curve.append((step, sum(w * value for w, (_, value) in zip(near, means[first:last])) / sum(near)))
-    return curve
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(reach + 1)]
+    return [(step, _fitted([value for _, value in means], index, weights)) for index, (step, _) in enumerate(means)]
+
+
+def _fitted(values: Sequence[float], index: int, weights: Sequence[float]) -> float:
+    """Return the height at ``index`` of the line fitted to the values around it."""
+    total = first = second = cross = height = 0.0
+    for other in range(max(0, index - len(weights) + 1), min(len(values), index + len(weights))):
+        offset = other - index
+        weight = weights[abs(offset)]
+        total += weight
+        first += weight * offset
+        second += weight * offset * offset
+        height += weight * values[other]
+        cross += weight * offset * values[other]
+    spread = total * second - first * first
+    return (second * height - first * cross) / spread if spread > 0 else height / total
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -148,7 +157,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
         return [f"{tick / 1e6:g}M" if largest >= 1e6 else f"{tick / 1e3:g}k" if tick else "0" for tick in ticks]
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
     digits = next((count for count in range(7) if math.isclose(step, round(step, count), rel_tol=1e-6)), 7)
-    return [f"{tick:.{digits}f}" for tick in ticks]
+    return [f"{tick:,.{digits}f}" for tick in ticks]
 
 
 def _values(points: Sequence[Point]) -> list[float]:
@@ -158,6 +167,7 @@ def _values(points: Sequence[Point]) -> list[float]:
 def _range_x(series: Sequence[Series], flaws: Sequence[float]) -> tuple[float, float]:
     steps = [step for one in series for step, _ in one.points] + list(flaws)
     low, high = min(steps), max(steps)
+    low = 0 if low <= 0.05 * high else low
     return (low, high) if high > low else (low - 1, high + 1)
 
 
@@ -204,7 +214,7 @@ def _letter(kind: str, edge: str, share: float, text: str) -> str:
 def _end_labels(series: Sequence[Series], y: Scale, height: int) -> list[str]:
     """Return each line's last value beside its end, moved apart where they would overlap."""
     ends = sorted(
-        ((min(max(y(_values(one.points)[-1]), 0.0), 1.0) * height, one) for one in series if one.style != "raw"),
+        ((min(y(_values(one.points)[-1]), 1.0) * height, one) for one in series if one.style != "raw"),
         key=lambda end: end[0],
     )
     labels = []

@@ -72,13 +72,13 @@ def charts(files: RunFiles) -> list[Chart]:
     drawn = [
         Chart("Loss", unit, [*lines, Series("held out", evaluation, "dots", "second")], 290, flaws=skipped, best=ringed)
     ]
-    if len(evaluation) > 2:
+    evaluation = _points(files.evaluations, "eval_loss")
+    if len(evaluation) > 1:  # by itself, without the base model's, it shows whether it still falls
         drawn.append(Chart("Held-out loss", unit, [Series("held out", evaluation, "dots", "second")], best=ringed))
     small = [
         ("Learning rate", "", "lr", True),
         ("Gradient norm", "before clipping", "grad_norm", True),
         ("Speed", "tokens per second", "tokens_per_second", True),
-        ("Memory", "GiB", "memory_gib", True),
     ]
     for title, unit, key, from_zero in small:
         points = _points(files.steps, key)
@@ -124,51 +124,32 @@ def _header(files: RunFiles) -> str:
 
 
 def _tiles(files: RunFiles) -> str:
-    losses = [record["loss"] for record in files.steps if record.get("loss") is not None]
+    """Return the few figures that one looks for first, each with a line that puts it into proportion."""
     tiles = []
+    losses = [record["loss"] for record in files.steps if record.get("loss") is not None]
     if losses:
         curve = smooth(list(enumerate(losses)))
-        tiles.append(("Loss", text.number(_three(curve[-1][1])), f"from {text.number(_three(curve[0][1]))}"))
-    best = files.best_evaluation
-    if best:
-        before = files.base_evaluation
-        was = (
-            f"base {text.number(_three(before['eval_loss']))}" if before and before.get("eval_loss") is not None else ""
-        )
-        tiles.append(
-            (
-                "Held-out loss",
-                text.number(_three(best["eval_loss"])),
-                f"{was or 'best'}, step {best['step']:,}" if was else f"best, step {best['step']:,}",
-            )
-        )
+        tiles.append(("Loss", text.loss(curve[-1][1]), f"from {text.loss(curve[0][1])}"))
+    if best := files.best_evaluation:
+        before = (files.base_evaluation or {}).get("eval_loss")
+        beside = "best" if before is None else f"base {text.loss(before)}"
+        tiles.append(("Held-out loss", text.loss(best["eval_loss"]), f"{beside}, step {best['step']:,}"))
     total = f"of {files.total_steps:,}" if files.total_steps else ""
-    epoch = next((record["epoch"] for record in reversed(files.steps) if record.get("epoch") is not None), None)
-    tiles.append(
-        (
-            "Steps",
-            f"{files.last_step:,}",
-            " · ".join(part for part in (total, f"epoch {text.number(_three(epoch))}" if epoch else "") if part),
-        )
-    )
+    epochs = max((record.get("epoch") or 0 for record in files.steps), default=0)
+    seen = f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}" if epochs else ""
+    tiles.append(("Steps", f"{files.last_step:,}", " · ".join(part for part in (total, seen) if part)))
     if files.seconds:
-        tiles.append(("Duration", text.seconds(files.seconds), "first step to last record"))
-    tokens = sum(record.get("tokens") or 0 for record in files.steps)
-    if tokens:
+        tiles.append(("Duration", text.seconds(files.seconds), "evaluation included"))
+    if tokens := sum(record.get("tokens") or 0 for record in files.steps):
         trained = sum(record.get("trained_tokens") or 0 for record in files.steps)
-        tiles.append(("Tokens", _short(tokens), f"{trained / tokens:.0%} of them trained" if trained else ""))
+        tiles.append(("Tokens", text.short(tokens), f"{trained / tokens:.0%} of them trained" if trained else ""))
+    if memory := max((record.get("memory_gib") or 0 for record in files.steps), default=0):
+        tiles.append(("Memory", f"{memory:.1f} GiB", "at the highest"))
     cells = "".join(
-        f"<li><span>{a}</span><strong>{escape(b)}</strong><small>{escape(c)}</small></li>" for a, b, c in tiles
+        f"<li><span>{name}</span><strong>{escape(figure)}</strong><small>{escape(note)}</small></li>"
+        for name, figure, note in tiles
     )
     return f'<ul class="tiles">{cells}</ul>'
-
-
-def _three(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
-
-
-def _short(count: float) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,.0f}"
 
 
 def _scores(files: RunFiles) -> str:
@@ -178,7 +159,7 @@ def _scores(files: RunFiles) -> str:
         return ""
     before = _metrics(files.base_evaluation or {})
     rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="n">{text.number(before.get(name))}</td><td class="n"><b>{text.number(value)}</b></td></tr>'
+        f'<tr><td>{escape(name)}</td><td class="n">{text.score(before.get(name))}</td><td class="n"><b>{text.score(value)}</b></td></tr>'
         for name, value in _metrics(last).items()
     )
     head = f'<tr><th>Metric</th><th class="n">Base model</th><th class="n">Step {last["step"]:,}</th></tr>'
@@ -289,7 +270,7 @@ def _facts(files: RunFiles) -> str:
         "steps": f"{files.last_step:,}",
         "duration": text.seconds(files.seconds) if files.seconds else None,
         "checkpoints": len(files.of("checkpoint")) or None,
-        "best": f"step {best['step']:,}, held-out loss {text.number(best['eval_loss'])}" if best else None,
+        "best": f"step {best['step']:,}, held-out loss {text.loss(best['eval_loss'])}" if best else None,
         "folder": str(files.run.resolve()),
     }
     groups = {

@@ -21,6 +21,24 @@ def number(value: Any) -> str:
     return scientific(value) if abs(value) < 1e-3 else f"{value:.4g}"
 
 
+def loss(value: float) -> str:
+    """Return a loss with three decimals, or fewer where it is large."""
+    return f"{value:.3f}" if abs(value) < 100 else number(value)
+
+
+def score(value: Any) -> str:
+    """Return a metric's value; shares with three decimals, so that they stand below each other."""
+    return f"{value:.3f}" if isinstance(value, float) and 0 <= value <= 1 else number(value)
+
+
+def short(count: float) -> str:
+    """Return a large count as ``4.92 M``."""
+    for limit, unit in ((1e9, "B"), (1e6, "M")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return f"{count:,.0f}"
+
+
 def scientific(value: float, digits: int = 2) -> str:
     """Return ``2e-4`` rather than ``0.0002`` or ``2e-04``."""
     if value == 0:
