@@ -11,7 +11,8 @@ from tiny import make_llama, make_qwen3_moe
 from transformers import AutoModelForCausalLM
 
 from luthier import objectives
-from luthier.objectives import IGNORED, causal_loss
+from luthier.data.batches import IGNORED
+from luthier.objectives import causal_loss
 
 MAKERS = {"llama": make_llama, "qwen3_moe": make_qwen3_moe}
 

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from luthier.data.batches import MicroBatch
-
-IGNORED = -100
-"""The label of a position that is not trained, as transformers and torch have it."""
+from luthier.data.batches import IGNORED, MicroBatch
 
 SOFTMAX_BYTES = 256 * 2**20
 """Largest piece of fp32 logits that is turned into probabilities at once."""
