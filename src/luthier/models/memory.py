@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
 from transformers import PreTrainedModel
 
 
 def recompute(model: PreTrainedModel) -> None:
-    """Recomputes each decoder layer in the backward pass (gradient checkpointing).
+    """Recomputes each decoder layer in the backward pass (gradient checkpointing), in training mode only.
 
     The non-reentrant form needs no input that requires a gradient, so it works with a frozen base under an adapter.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def keep(model: PreTrainedModel) -> None:
+    """Keeps activations again: undoes `recompute`."""
+    model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Turns the key-value cache off and restores the setting, which would else be saved with the model's config."""
+    config = model.config.get_text_config()
+    before = config.use_cache
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before

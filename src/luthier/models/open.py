@@ -87,6 +87,11 @@ def open_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return _tokenizer(model, _find(model, weights=False))[0]
 
 
+def open_config(model: ModelConfig) -> PreTrainedConfig:
+    """Opens a base's config as transformers understands it; no weights are read."""
+    return _config(model, _find(model, weights=False))
+
+
 @dataclass(frozen=True)
 class _Found:
     source: BaseSource
