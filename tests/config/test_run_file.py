@@ -221,7 +221,7 @@ def test_a_mapping_is_read_without_being_changed(folder):
     config = parse_run(mapping, ["data.train.limit=3"])
     assert config.data.train.limit == 3
     assert mapping["data"] == {"train": "train.jsonl"}
-    with pytest.raises(RequestError, match="`optim.lr` is x"):
+    with pytest.raises(RequestError, match=r"`optim\.lr` is x"):
         parse_run({**mapping, "optim": {"lr": "x"}})
 
 

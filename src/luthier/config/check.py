@@ -94,8 +94,8 @@ def _unknown(key: str, name: str, value: Any, given: dict[str, Any], prefix: str
 
 def _from_pydantic(error: ValidationError, values: dict[str, Any]) -> Iterator[Problem]:
     found: dict[str, dict[str, Any]] = {}
-    for detail in error.errors(include_url=False):
-        found.setdefault(_key(detail["loc"], values), dict(detail))
+    for item in error.errors(include_url=False):
+        found.setdefault(_key(item["loc"], values), dict(item))
     for key, detail in found.items():
         if any(other.startswith(f"{key}.") for other in found):  # one branch of a union got further than the others
             continue
