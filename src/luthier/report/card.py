@@ -6,7 +6,7 @@ A card travels with the model, so it shows no samples of the data and no paths o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,11 +113,7 @@ def _results(files: RunFiles) -> str:
 
 
 def _curve(files: RunFiles) -> str:
-    curve = [
-        (step, value)
-        for step, value in smooth([(record["step"], record.get("loss")) for record in files.steps])
-        if value is not None
-    ]
+    curve = smooth([(record["step"], record.get("loss")) for record in files.steps])
     if len(curve) < 2:
         return ""
     last = len(curve) - 1
@@ -180,7 +176,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

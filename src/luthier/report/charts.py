@@ -90,7 +90,7 @@ def draw(chart: Chart) -> str:
     )
 
 
-def smooth(points: Sequence[Point]) -> list[Point]:
+def smooth(points: Sequence[Point]) -> list[tuple[float, float]]:
     """Return a curve through the noise: up to 400 group means, each replaced by a line fitted to its neighbourhood.
 
     The neighbourhood is a Gaussian of 2 % of the width. Fitting a line, instead of averaging, neither lags behind nor

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,7 +136,7 @@ def open_logger(name: str, run: Path) -> Logger:
         spec is None or spec.origin is None
     ):  # without an origin it is a mere folder, such as the `wandb` that wandb leaves
         raise RequestError(
-            f"the logger {name} is asked for, but the package {package} is not installed.",
+            f"`log` asks for {name}, but the package {package} is not installed.",
             code="logger-missing",
             where="log",
             remedy=f"Run `pip install {package}`, or take {name} out of `log`.",
@@ -143,7 +145,7 @@ def open_logger(name: str, run: Path) -> Logger:
         return kind(importlib.import_module(module), run)
     except Exception as error:
         raise RequestError(
-            f"the logger {name} is asked for, but its package fails to import ({type(error).__name__}: {error}).",
+            f"`log` asks for {name}, but its package fails to import ({type(error).__name__}: {error}).",
             code="logger-broken",
             where="log",
             remedy=f"Run `pip install --upgrade {package}`, or take {name} out of `log`.",
@@ -189,6 +191,7 @@ class WandB:
             config=dict(config),
             id=_recall(self._run, self.name),
             resume="allow",
+            mode=None if "WANDB_MODE" in os.environ or _has_wandb_key(self._module) else "offline",
         )
         _remember(self._run, self.name, self._session.id)
 
@@ -197,6 +200,13 @@ class WandB:
 
     def finish(self) -> None:
         self._session.finish()
+
+
+def _has_wandb_key(module: Any) -> bool:
+    """Return whether wandb would start without asking on the terminal, where nobody would see the question."""
+    if "prompt" in inspect.signature(module.login).parameters:
+        return bool(module.login(prompt=False, verify=False))
+    return bool(module.api.api_key)  # versions before that argument
 
 
 class MLflow:
@@ -235,13 +245,18 @@ class Trackio:
         self._run = run
 
     def start(self, config: Config, step: int) -> None:
-        self._session = self._module.init(project=PROJECT, name=self._run.name, config=dict(config), resume="allow")
+        known = _recall(self._run, self.name)
+        name = known or f"{self._run.name}-{uuid.uuid4().hex[:6]}"  # trackio continues runs by name: it must be unique
+        _remember(self._run, self.name, name)
+        self._session = self._module.init(
+            project=PROJECT, name=name, config=dict(config), resume="allow" if known else "never"
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._module.log(dict(metrics), step=step)
+        self._session.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        self._module.finish()
+        self._session.finish()
 
 
 _LOGGERS: dict[str, tuple[Callable[[Any, Path], Logger], str]] = {

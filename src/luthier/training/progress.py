@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,7 @@ class _Display(Protocol):
 class _Lines:
     """Plain lines for files, pipes and dumb terminals: the first step, the last, and one every ten seconds."""
 
-    def __init__(self, total: int, stream: TextIO, clock: Callable[[], float]) -> None:
+    def __init__(self, total: int, stream: IO[str], clock: Callable[[], float]) -> None:
         self._total = total
         self._stream = stream
         self._clock = clock
@@ -115,7 +115,7 @@ class _Lines:
         if self._reader_left:
             return
         try:
-            self._stream.write(_sayable(text, self._stream.encoding) + "\n")
+            self._stream.write(_sayable(text, getattr(self._stream, "encoding", None)) + "\n")
             self._stream.flush()
         except BrokenPipeError:  # `| head`, or a closed session: no reason to lose a run, metrics.jsonl has it all
             self._reader_left = True
@@ -169,7 +169,7 @@ def _display(total: int, start: int, console: Console | None, clock: Callable[[]
     return _Bar(total, start, console) if lively else _Lines(total, console.file, clock)
 
 
-def _is_lively(stream: TextIO) -> bool:
+def _is_lively(stream: IO[str]) -> bool:
     return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
