@@ -26,7 +26,8 @@ from luthier.checkpoint import training_state
 from luthier.checkpoint.layout import Layout, is_adapter, model_layout, plain_layout, saved_state
 from luthier.checkpoint.ranks import Ranks
 from luthier.checkpoint.read import places_in, read_tensors
-from luthier.checkpoint.retain import Found, delete, folder_of, may_go, newest_whole, published
+from luthier.artifacts.run_folder import Found, folder_of, published
+from luthier.checkpoint.retain import delete, may_go, newest_whole
 from luthier.checkpoint.shards import HostBuffers, Shard
 from luthier.checkpoint.small_files import small_files
 from luthier.checkpoint.write import Part, plan_part, write_parts
@@ -93,7 +94,7 @@ class Checkpoints:
         self.protected: set[int] = set()
         self._keep, self._keep_every = keep, keep_every
         self._tokenizer = tokenizer
-        self._facts = dict(facts or {})
+        self.facts = dict(facts or {})
         self._ranks = ranks or Ranks()
         self._metadata = {"format": "pt", **(metadata or {})}
         self._say = say or (lambda text: None)
@@ -123,7 +124,7 @@ class Checkpoints:
         folder = parts[0].folder
         small = {f"{folder}/{name}": data for name, data in prepared.small.items()}
         small[STATE] = json.dumps(state, indent=1).encode() + b"\n"
-        facts = {"step": step, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self._facts, "versions": versions()}
+        facts = {"step": step, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self.facts, "versions": versions()}
         arguments = (step, parts, shards, small, facts, model, begun, stall)
         flight = _Flight(step, threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True))
         self._flight = flight

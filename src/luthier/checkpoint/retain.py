@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.artifacts import publish
 from luthier.artifacts.manifest import Manifest, check_whole
-
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A published checkpoint."""
-
-    step: int
-    path: Path
-
-
-def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def published(run: Path) -> list[Found]:
-    """All checkpoints under their names, oldest first; whether they are whole is not looked at."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return sorted((Found(int(match[1]), path) for match, path in found if match), key=lambda item: item.step)
-
+from luthier.artifacts.run_folder import Found, folder_of, published
 
 def newest_whole(run: Path, say: Callable[[str], None]) -> tuple[Found, Manifest] | None:
     """The newest checkpoint that matches its manifest; damaged newer ones are named and passed over."""

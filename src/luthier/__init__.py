@@ -1,0 +1,36 @@
+"""Luthier fine-tunes language models and proves that what was trained can be opened, resumed and served.
+
+Importing this imports nothing heavy: names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import ArtifactError, LuthierError, RequestError, Stopped
+
+if TYPE_CHECKING:
+    from luthier.api import describe, load, resume, save, train
+    from luthier.checkpoint.checkpoints import Checkpoints
+    from luthier.config.schema import RunConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "luthier.api",
+    "save": "luthier.api",
+    "train": "luthier.api",
+    "resume": "luthier.api",
+    "describe": "luthier.api",
+    "Checkpoints": "luthier.checkpoint.checkpoints",
+    "RunConfig": "luthier.config.schema",
+}
+
+__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "describe", "load", "resume", "save", "train"]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,270 @@
+"""The command line: one function a verb, with its imports inside, so that asking for help loads nothing.
+
+The table of verbs is plain data; ``luthier --help`` prints it without loading even argparse, which would take longer
+than the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
+VERBS = {
+    "train": ("RUN.yaml [key.sub=value …]", "train; goes on where the output folder already holds this run"),
+    "resume": ("RUN [key.sub=value …] [--allow KEY]", "go on from the newest whole checkpoint"),
+    "plan": ("RUN.yaml", "memory, time and disk before the first step, and a rehearsal: one step, one save, one reload"),
+    "data": ("RUN.yaml", "samples as the model will see them, trained tokens marked; counts, lengths, padding"),
+    "inspect": ("PATH [--json]", "what is there: kind, base, shapes, precision, lineage, whether it is whole"),
+    "verify": ("PATH", "read everything back against the manifest"),
+    "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
+    "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
+    "chat": ("PATH [--prompt TEXT]", "talk to whatever is there"),
+    "schema": ("", "the run file's JSON Schema, for editors"),
+    "demo": ("", "a small real model and a small real data set, end to end"),
+}
+
+
+def help_text() -> str:
+    """What ``luthier --help`` prints."""
+    width = max(len(f"{verb} {arguments}") for verb, (arguments, _) in VERBS.items())
+    lines = [f"  {f'{verb} {arguments}':<{width}}  {what}" for verb, (arguments, what) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: luthier VERB …   (luthier VERB --help says more)",
+            "",
+            "Fine-tunes language models and proves that what was trained can be opened, resumed and served.",
+            "",
+            *lines,
+            "",
+            "Exit codes: 0 done; 2 the request is wrong; 3 an artefact is broken or a proof failed; 75 stopped on request,",
+            "resumable; 1 anything else. --debug shows the traceback of an error. Start with: luthier demo",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if given else 2
+    if given[0] in ("-V", "--version"):
+        from luthier import __version__
+
+        print(f"luthier {__version__}")
+        return 0
+    if given[0] not in VERBS:
+        return _unknown_verb(given[0])
+    return _guarded(given[0], given[1:])
+
+
+def _unknown_verb(verb: str) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f" Did you mean `luthier {near[0]}`?" if near else " `luthier --help` lists the verbs."
+    print(f"luthier: there is no verb {verb!r}.{hint}", file=sys.stderr)
+    return 2
+
+
+def _guarded(verb: str, given: list[str]) -> int:
+    """Run a verb and turn errors into one paragraph and an exit code."""
+    from luthier.errors import LuthierError
+
+    options = _parser(verb).parse_args(given)
+    try:
+        return _RUN[verb](options) or 0
+    except LuthierError as error:
+        if options.debug:
+            raise
+        _say_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say_error("interrupted; published checkpoints are whole.")
+        return 130
+    except BrokenPipeError:  # `luthier … | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        _say_error(f"{type(error).__name__}: {error} (this is not an error Luthier expects; --debug shows where)")
+        return 1
+
+
+def _say_error(text: str) -> None:
+    print(f"luthier: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _parser(verb: str) -> ArgumentParser:
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(f"luthier {verb}", description=VERBS[verb][1])
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add = parser.add_argument
+    if verb in ("train", "plan", "data"):
+        add("run_file", metavar="RUN.yaml", help="the run file")
+    if verb in ("resume",):
+        add("run", metavar="RUN", help="the run's folder")
+    if verb in ("train", "plan", "data", "resume"):
+        add("overrides", nargs="*", metavar="key.sub=value", help="change a key of the run file")
+    if verb in ("train", "resume"):
+        add("--allow", action="append", default=[], metavar="KEY", help="let this key differ from the existing run")
+    if verb == "train":
+        add("--dry-run", action="store_true", help="the same as `luthier plan`")
+    if verb in ("inspect", "verify", "prove", "eval", "chat"):
+        add("path", metavar="PATH", help="a run, RUN@best, a checkpoint, an adapter, a model folder or a GGUF file")
+    if verb in ("inspect", "verify", "eval", "prove", "plan"):
+        add("--json", action="store_true", help="print one JSON object")
+    if verb == "data":
+        add("--samples", type=int, default=3, metavar="N", help="how many samples to show (3)")
+    if verb == "prove":
+        add("--against", required=True, metavar="SRC", help="what PATH should equal")
+    if verb == "eval":
+        add("data", metavar="DATA", help="a data file, or a run file whose data.eval is used")
+        add("--against", metavar="PATH", help="a second artefact, measured side by side")
+        add("--metric", action="append", default=[], metavar="NAME", help="exact, json, or module:function")
+        add("--limit", type=int, metavar="N", help="use the first N samples")
+        add("--max-new-tokens", type=int, default=128, metavar="N", help="longest generated answer (128)")
+    if verb == "chat":
+        add("--prompt", metavar="TEXT", help="answer this and end")
+        add("--system", metavar="TEXT", help="a system message")
+        add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
+        add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token (0)")
+    if verb in ("eval", "chat"):
+        add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
+    if verb == "demo":
+        add("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
+    return parser
+
+
+def _train(options: Namespace) -> int:
+    if options.dry_run:
+        options.json = False
+        return _plan(options)
+    from luthier.config.read import read_run
+
+    config = read_run(options.run_file, options.overrides)
+    from luthier.training.run import train
+
+    train(config, allow=options.allow)
+    return 0
+
+
+def _resume(options: Namespace) -> int:
+    from pathlib import Path
+
+    from luthier.training.resolve import stored_config
+
+    stored_config(Path(options.run))
+    from luthier.training.run import resume
+
+    resume(options.run, options.overrides, allow=options.allow)
+    return 0
+
+
+def _plan(options: Namespace) -> int:
+    from luthier.config.read import read_run
+
+    config = read_run(options.run_file, options.overrides)
+    from luthier.training.plan import plan
+
+    made = plan(config)
+    _print_json(made.as_dict()) if options.json else print(made)
+    return 0
+
+
+def _data(options: Namespace) -> int:
+    from luthier.config.read import read_run
+
+    config = read_run(options.run_file, options.overrides)
+    from luthier.training.plan import show_data
+
+    show_data(config, samples=options.samples)
+    return 0
+
+
+def _inspect(options: Namespace) -> int:
+    from luthier.artifacts.identify import identify
+    from luthier.artifacts.show import show
+
+    found = identify(options.path)
+    _print_json(found.as_dict()) if options.json else print(show(found))
+    return 0
+
+
+def _verify(options: Namespace) -> int:
+    from luthier.artifacts.verify import verify_all
+
+    outcome = verify_all(options.path)
+    _print_json(outcome.as_dict()) if options.json else print(outcome)
+    return 0 if outcome.whole else 3
+
+
+def _prove(options: Namespace) -> int:
+    import json
+
+    from luthier.api import prove
+
+    proof = prove(options.path, options.against)
+    print(proof.to_bytes().decode() if options.json else f"{proof.verdict}: {proof.says} (compared: {proof.compared})")
+    return 3 if proof.verdict == "failed" else 0
+
+
+def _eval(options: Namespace) -> int:
+    from luthier.training.eval_artefact import evaluate_artefacts
+
+    made = evaluate_artefacts(
+        [options.path, *([options.against] if options.against else [])], options.data, metrics=options.metric,
+        limit=options.limit, max_new_tokens=options.max_new_tokens, base=options.base,
+    )  # fmt: skip
+    _print_json(made.as_dict()) if options.json else print(made)
+    return 0
+
+
+def _chat(options: Namespace) -> int:
+    from luthier.api import load
+    from luthier.training.chat import ChatOptions, chat_loop, chat_once
+
+    model, tokenizer = load(options.path, base=options.base)
+    settings = ChatOptions(system=options.system, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if options.prompt is not None:
+        chat_once(model, tokenizer, options.prompt, settings, write)
+    else:
+        chat_loop(model, tokenizer, settings, read=input, write=write)
+    return 0
+
+
+def _schema(options: Namespace) -> int:
+    from luthier.config.read import json_schema
+
+    _print_json(json_schema())
+    return 0
+
+
+def _demo(options: Namespace) -> int:
+    from pathlib import Path
+
+    from luthier.demo.run import run_demo
+
+    return run_demo(Path(options.output), print)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+_RUN: dict[str, Callable[[Namespace], int]] = {
+    "train": _train, "resume": _resume, "plan": _plan, "data": _data, "inspect": _inspect, "verify": _verify,
+    "prove": _prove, "eval": _eval, "chat": _chat, "schema": _schema, "demo": _demo,
+}  # fmt: skip

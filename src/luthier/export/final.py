@@ -1,0 +1,91 @@
+"""The final folder: made of the last checkpoint's files, proven, and only then given its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.artifacts import fingerprint, publish
+from luthier.artifacts import manifest as manifests
+from luthier.artifacts.files import link_or_copy
+from luthier.artifacts.manifest import Digest, Manifest, digest_file, stretches
+from luthier.artifacts.tensorfile import Place
+from luthier.errors import ArtifactError
+from luthier.export.prove import Answers, Probe, Proof, compare, plain_answers
+
+FAILED = "proof-failed.json"
+
+
+def make_final(
+    run: Path,
+    checkpoint: Path,
+    expected: Answers,
+    probe: Probe,
+    *,
+    facts: Mapping[str, Any],
+    card: Callable[[Path, str], str],
+    base: Path | None = None,
+) -> tuple[Path, Proof]:
+    """Assemble ``run/final`` from a checkpoint, prove it against the live model's answers, publish it.
+
+    Args:
+        expected: the live model's logits on the probe.
+        facts: what the manifest says beside the bytes (base, parents, versions).
+        card: writes the model card, given the hidden folder (with ``proof.json`` in it) and its kind.
+        base: the base model's folder, to measure what full fine-tuning changed.
+
+    Raises:
+        ArtifactError: the proof failed. The checkpoints are kept, no ``final`` is published, and
+            ``run/proof-failed.json`` says what differed.
+    """
+    source = manifests.read(checkpoint)
+    kind = "adapter" if (checkpoint / "adapter").is_dir() else "model"
+    target = run / "final"
+    partial = target.parent / f"{publish.MARK}{target.name}"
+    if partial.exists():
+        shutil.rmtree(partial)
+    names = {name: name.removeprefix(f"{kind}/") for name in source.files if name.startswith(f"{kind}/")}
+    for name, short in names.items():
+        link_or_copy(checkpoint / name, partial / short)
+    found = plain_answers(partial, probe)
+    before = None if kind == "adapter" or base is None else plain_answers(base, probe).logits
+    proof = compare(expected, found, device=probe.device, before=before)
+    (run / FAILED).unlink(missing_ok=True)
+    if proof.verdict == "failed":
+        (run / FAILED).write_bytes(proof.to_bytes())
+        shutil.rmtree(partial)
+        raise ArtifactError(
+            f"the proof failed: {proof.says} No final folder was published.",
+            code="proof-failed",
+            where=str(run / FAILED),
+            remedy=f"The checkpoints are kept; {checkpoint} holds what was trained.",
+        )
+    (partial / "proof.json").write_bytes(proof.to_bytes())
+    (partial / "README.md").write_text(card(partial, kind), encoding="utf-8")
+    manifest = _manifest(partial, kind, source, names, facts)
+    for name in ("proof.json", "README.md"):
+        with open(partial / name, "rb") as file:
+            os.fsync(file.fileno())
+    if target.exists():  # a run that was continued: the old result goes when the new one is proven
+        publish.remove(target)
+    publish.finish(partial, target, manifest)
+    return target, proof
+
+
+def _manifest(
+    partial: Path, kind: str, source: Manifest, names: Mapping[str, str], facts: Mapping[str, Any]
+) -> Manifest:
+    """The final folder's manifest; digests of linked files are the checkpoint's, which were read back already."""
+    digests = [Digest(names[d.file], d.offset, d.length, d.blake3) for d in source.digests if d.file in names]
+    files = {short: source.files[name] for name, short in names.items()}
+    for name in ("proof.json", "README.md"):
+        size = (partial / name).stat().st_size
+        files[name] = size
+        digests = [digest for digest in digests if digest.file != name]
+        digests += digest_file(partial / name, name, stretches(size))
+    places = tuple(Place(p.spec, names[p.file], p.offset) for p in source.tensors if p.file in names)
+    own = fingerprint.of_tensors(places, digests)
+    return Manifest(kind, files, tuple(digests), places, {**facts, "fingerprint": own, "step": source.facts["step"]})

@@ -1,0 +1,87 @@
+"""Opens a saved model with plain libraries and writes its logits. Run as a script, in a process of its own.
+
+It must not import luthier: what it opens must open for people who don't have it. It reads a request as JSON from the
+file named by its first argument:
+
+    {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
+     "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
+     "trust_remote_code": false, "out": "logits.safetensors"}
+
+and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
+(``plain0``), and beside them ``out + ".json"`` with what the folder's own tokenizer makes of the messages.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(request_path: str) -> None:
+    request = json.loads(Path(request_path).read_text())
+    if request["deterministic"]:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    torch.use_deterministic_algorithms(request["deterministic"])
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    folder = Path(request["folder"])
+    model, is_adapter = open_model(folder, request)
+    model.eval()
+    tensors = {}
+    with torch.no_grad():
+        for number, ids in enumerate(request["ids"]):
+            batch = torch.tensor([ids], device=request["device"])
+            for name in ("probe", "again"):
+                tensors[f"{name}{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+            if is_adapter:
+                with model.disable_adapter():
+                    tensors[f"plain{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+    save_file(tensors, request["out"])
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=request["trust_remote_code"])
+    rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
+    answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules}
+    Path(request["out"] + ".json").write_text(json.dumps(answer))
+
+
+def read_texts(tokenizer, conversations, texts):  # noqa: ANN001, ANN201
+    """How a tokenizer's template renders conversations, and how it splits texts; a template's refusal is an answer too."""
+    import jinja2
+
+    rendered = []
+    for messages in conversations if tokenizer.chat_template else []:
+        try:
+            rendered.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            rendered.append(f"refused: {error}")
+    return rendered, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def open_model(folder, request):  # noqa: ANN001, ANN201
+    """What a user would type: AutoModelForCausalLM for a model, PeftModel on top of the base for an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    import torch
+
+    options = {
+        "dtype": getattr(torch, request["dtype"]),
+        "device_map": {"": request["device"]} if request["device"] != "cpu" else None,
+        "trust_remote_code": request["trust_remote_code"],
+    }
+    if request["attention"]:
+        options["attn_implementation"] = request["attention"]
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options), False
+    from peft import PeftModel
+
+    named = json.loads((folder / "adapter_config.json").read_text())
+    base = request["base"] or named["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base, revision=named.get("revision") or "main", **options)
+    return PeftModel.from_pretrained(model, str(folder)), True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

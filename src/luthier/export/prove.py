@@ -1,0 +1,190 @@
+"""The proof: plain libraries, in a process that never saw luthier, compute the trained model's logits.
+
+Like is compared with like: same dtype, device, attention and threads, evaluation mode, no fast forms. On a CPU the
+logits must be equal bit for bit. Elsewhere they may differ by the noise that repeating the same computation shows;
+and because a bound that is wider than what training changed would prove nothing, the adapter's own effect must be at
+least ten times the bound, or the proof says ``inconclusive``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from luthier.errors import ArtifactError
+from luthier.export import prober
+
+PROBE_TOKENS = 48
+MARGIN = 10
+MESSAGES: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "What did you learn? 你学到了什么？"}],
+    [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "  C\n"}],
+]
+TEXTS = ["The quick brown fox — 12,345.67 €", "  indented\n\ttabs", "你好，世界 👋🏽", '{"key": [1, 2.5, null]}']
+
+Verdict = Literal["passed", "inconclusive", "failed"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is asked of a model: token ids, and how it is held while it answers."""
+
+    ids: list[list[int]]
+    dtype: str
+    device: str
+    attention: str | None
+    threads: int
+    deterministic: bool
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Answers:
+    """Logits by probe (float32, tokens × vocabulary), the noise between two repetitions, and the tokenizer's answers."""
+
+    logits: list[torch.Tensor]
+    noise: float
+    rendered: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    plain: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome, as written to ``proof.json``."""
+
+    verdict: Verdict
+    passed: bool
+    max_difference: float
+    bound: float
+    effect: float | None
+    compared: str
+    says: str
+    differences: tuple[str, ...] = ()
+    format: int = 1
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def make_probe(model: Any, samples: Sequence[Sequence[int]], *, deterministic: bool, trust_remote_code: bool) -> Probe:
+    """Choose probes: the starts of a few real samples."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Probe(
+        ids=[[int(token) for token in ids[:PROBE_TOKENS]] for ids in samples],
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(parameter.device),
+        attention=getattr(base.config, "_attn_implementation", None),
+        threads=torch.get_num_threads(),
+        deterministic=deterministic,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def live_answers(model: nn.Module, tokenizer: Any, probe: Probe) -> Answers:
+    """The logits of a live model in plain form and evaluation mode; its mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits, again = (
+                [
+                    model(input_ids=torch.tensor([ids], device=probe.device), use_cache=False).logits[0].float().cpu()
+                    for ids in probe.ids
+                ]
+                for _ in range(2)
+            )
+    finally:
+        model.train(was_training)
+    rendered, tokens = prober.read_texts(tokenizer, MESSAGES, TEXTS)
+    return Answers(logits, largest_difference(logits, again), rendered, tokens)
+
+
+def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Answers:
+    """The logits that plain transformers or peft compute from a folder, in a process of its own.
+
+    Raises:
+        ArtifactError: the folder does not open there; the text carries that process's error.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits.safetensors"
+        request = {**asdict(probe), "folder": str(folder), "base": base, "messages": MESSAGES, "texts": TEXTS, "out": str(out)}
+        path = Path(scratch) / "request.json"
+        path.write_text(json.dumps(request))
+        command = [sys.executable, str(prober.__file__), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+        if done.returncode != 0:
+            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:]
+            raise ArtifactError(
+                f"plain transformers/peft cannot open it: {last[0] if last else f'exit code {done.returncode}'}",
+                code="does-not-open",
+                where=str(folder),
+                remedy="The checkpoints are kept. Run again with --debug for that process's whole output.",
+            ) from RuntimeError(done.stderr)
+        tensors = load_file(out)
+        told = json.loads(Path(f"{out}.json").read_text())
+    if told["luthier"]:
+        raise ArtifactError("the proving process had luthier loaded, so it proves nothing.", code="proof", where=str(folder))
+    count = range(len(probe.ids))
+    logits = [tensors[f"probe{i}"] for i in count]
+    noise = largest_difference(logits, [tensors[f"again{i}"] for i in count])
+    plain = [tensors[f"plain{i}"] for i in count if f"plain{i}" in tensors]
+    return Answers(logits, noise, told["rendered"], told["tokens"], plain)
+
+
+def compare(expected: Answers, found: Answers, *, device: str, before: list[torch.Tensor] | None = None) -> Proof:
+    """Compare two models' answers.
+
+    Args:
+        before: the logits before training, where ``found`` can't tell (it can for an adapter).
+    """
+    differences = []
+    if [x.shape for x in expected.logits] != [x.shape for x in found.logits]:
+        differences.append("the logits have another shape: another vocabulary or architecture")
+        difference = float("inf")
+    else:
+        difference = largest_difference(expected.logits, found.logits)
+    if expected.rendered != found.rendered:
+        differences.append("the chat template renders the probe conversation differently")
+    if expected.tokens != found.tokens:
+        differences.append("the tokenizer splits the probe texts differently")
+    bound = 0.0 if torch.device(device).type == "cpu" else max(expected.noise, found.noise)
+    if not difference <= bound:
+        differences.append(f"logits differ by up to {difference:.3g}, more than the bound {bound:.3g}")
+    reference = found.plain or before
+    effect = largest_difference(found.logits, reference) if reference and not differences else None
+    tokens = sum(len(x) for x in expected.logits)
+    compared = f"logits of {len(expected.logits)} prompts ({tokens} tokens), chat template, tokenizer; {device}"
+    if differences:
+        return Proof("failed", False, difference, bound, effect, compared, "; ".join(differences) + ".", tuple(differences))
+    how = "equal bits" if difference == 0 else f"equal within {bound:.3g}, the noise of repeating the computation"
+    if effect is not None and (effect == 0 or effect < MARGIN * bound):
+        says = f"{how}, but training changed these logits by only {effect:.3g}, so this would not tell the trained model from its base."
+        return Proof("inconclusive", False, difference, bound, effect, compared, says)
+    moved = "" if effect is None else f"; training moved them by up to {effect:.3g}"
+    return Proof("passed", True, difference, bound, effect, compared, f"opened by plain libraries, {how}{moved}.")
+
+
+def largest_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """The largest absolute difference; infinite where one is not a number and the other is."""
+    largest = 0.0
+    for left, right in zip(ours, theirs, strict=True):
+        if torch.equal(left, right) or not left.numel():
+            continue
+        difference = (left.double() - right.double()).abs()
+        same = (left == right) | (left.isnan() & right.isnan())
+        difference = torch.where(same, 0.0, torch.nan_to_num(difference, nan=float("inf")))
+        largest = max(largest, float(difference.max()))
+    return largest
