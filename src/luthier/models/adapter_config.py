@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from typing import Any
 
 from peft import PeftConfig, PeftType, PromptLearningConfig
@@ -45,19 +46,23 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 def check(adapter: AdapterConfig) -> None:
     """Checks type and keys against peft, before any model is loaded; RequestError names the key."""
-    build(adapter, _default_target(adapter))
+    names = isinstance(adapter.target, str) and re.fullmatch(r"[\w.-]+", adapter.target)
+    build(adapter, None if not uses_linear_layers(adapter) else [adapter.target] if names else adapter.target)
 
 
 def build(adapter: AdapterConfig, target: list[str] | str | None, **more: Any) -> PeftConfig:
     """The peft config for `adapter` on `target`; `more` are fields of peft's config that follow from the model."""
     kind = _kind(adapter.type)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    fields = {field.name for field in dataclasses.fields(config_class)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    fields = set(defaults)
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     for ours in _OURS:
         value = _value(adapter, ours, target)
         name = field_of(adapter.type, ours)
         if name is not None and value is not None:
+            if ours == "r" and not defaults["r"] and "r" not in adapter.model_fields_set:
+                continue  # the method has another measure of size (oft's block size) that a rank would contradict
             values[name] = value
         elif name is None and ours in adapter.model_fields_set and value:
             raise RequestError(
@@ -94,15 +99,9 @@ def _value(adapter: AdapterConfig, ours: str, target: list[str] | str | None) ->
     return getattr(adapter, ours) or (None if ours in ("exclude", "modules_to_save") else getattr(adapter, ours))
 
 
-def _default_target(adapter: AdapterConfig) -> list[str] | str | None:
-    if adapter.type in _OWN_TARGETS and "target" not in adapter.model_fields_set:
-        return None
-    return adapter.target
-
-
 def uses_linear_layers(adapter: AdapterConfig) -> bool:
     """Whether `adapter.target` is to be resolved: some methods have targets of their own unless told otherwise."""
-    return _default_target(adapter) is not None
+    return adapter.type not in _OWN_TARGETS or "target" in adapter.model_fields_set
 
 
 def _kind(name: str) -> PeftType:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, try_to_load_from_cache
-from transformers import PreTrainedConfig
+from huggingface_hub import constants, errors
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from luthier.errors import LuthierError, RequestError
+from luthier.models.folder import read_json
 from luthier.models.source import BaseSource
 
 _OTHER_WAYS = (
@@ -25,13 +26,11 @@ def fetch_config(source: BaseSource) -> tuple[BaseSource, dict[str, Any]]:
         RequestError: the hub was not reached, or has no such repository, revision or config.json.
     """
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision)
+        file = cached_file(source.name, "config.json", revision=source.revision)
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         raise explain(error, source) from error
-    commit = config.pop("_commit_hash", None) or source.revision
-    file = try_to_load_from_cache(source.name, "config.json", revision=commit)
-    folder = Path(file).parent if isinstance(file, str) else None
-    return replace(source, path=folder, revision=commit), config
+    commit = extract_commit_hash(file, None) or source.revision
+    return replace(source, path=Path(file).parent, revision=commit), read_json(Path(file))
 
 
 def explain(error: BaseException, source: BaseSource) -> LuthierError:
