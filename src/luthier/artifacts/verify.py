@@ -57,7 +57,7 @@ def verify_all(path: str | Path) -> Outcome:
 
     Raises:
         RequestError: there is nothing.
-        ArtifactError: the folder has no manifest, so nothing says what should be there.
+        ArtifactError: the run has saved nothing yet.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -72,7 +72,6 @@ def verify_all(path: str | Path) -> Outcome:
 
 
 def _verify(folder: Path) -> Verified:
-    manifests.read(folder if folder.is_dir() else folder.parent)  # without one there is nothing to verify against
     manifests.forget(folder)
     manifest, problems = manifests.verify(folder)
     files, size = (len(manifest.files), manifest.size) if manifest else (0, 0)

@@ -41,17 +41,18 @@ SETTINGS = (
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-def model_card(run: Path, *, kind: Literal["adapter", "model"], open_with: str) -> str:
+def model_card(run: Path, *, kind: Literal["adapter", "model"], open_with: str, final: Path | None = None) -> str:
     """Return the card as Markdown with a YAML head.
 
     Args:
         run: the run's folder; what is missing in it is left out of the card.
         kind: what the final folder holds.
         open_with: Python code that opens the final folder, shown as it is.
+        final: where the final folder's files lie while it has not yet got its name; ``run/final`` if left out.
 
     Raises ArtifactError naming the file when one of the run's files cannot be parsed.
     """
-    files = read_run_files(Path(run))
+    files = read_run_files(Path(run), final)
     summary = files.facts.get("summary")
     intro = (
         f"This {kind} was fine-tuned from {_code(_public(files.base)) if files.base else 'a base model'} with Luthier."

@@ -29,11 +29,11 @@ class RunFiles:
     records: list[Record]
     """metrics.jsonl."""
     facts: Mapping[str, Any]
-    """facts.json: ``summary``, ``model``, ``data``, ``device``, ``versions``, ``total_steps``."""
+    """facts.json: ``summary``, ``model``, ``data``, ``device``, ``versions``, ``total_steps``, ``parents``."""
     proof: Mapping[str, Any]
     """final/proof.json: ``passed``, ``verdict``, ``max_difference``, ``bound``, ``compared``, ``says``."""
     parents: list[Mapping[str, Any]]
-    """Of final/luthier.json: ``kind``, ``name``, ``fingerprint``."""
+    """What the run was made from: ``kind``, ``name``, ``fingerprint``."""
     finished: bool
     """Whether there is a final folder."""
 
@@ -97,20 +97,25 @@ class RunFiles:
         return value
 
 
-def read_run_files(run: Path) -> RunFiles:
+def read_run_files(run: Path, final: Path | None = None) -> RunFiles:
     """Read what there is in a run folder.
+
+    Args:
+        final: where the final folder's files lie while it has not yet got its name; ``run/final`` if left out.
 
     Raises ArtifactError naming the file when one cannot be parsed.
     """
     run = Path(run)
     metrics = run / "metrics.jsonl"
-    parents = _json(run / "final" / "luthier.json").get("parents")
+    final = final or run / "final"
+    facts = _json(run / "facts.json")
+    parents = _json(final / "luthier.json").get("parents") or facts.get("parents")
     return RunFiles(
         run=run,
         config=_yaml(run / "run.yaml"),
         records=read_metrics(metrics) if metrics.exists() else [],
-        facts=_json(run / "facts.json"),
-        proof=_json(run / "final" / "proof.json"),
+        facts=facts,
+        proof=_json(final / "proof.json"),
         parents=[parent for parent in parents if isinstance(parent, Mapping)] if isinstance(parents, list) else [],
         finished=(run / "final").is_dir(),
     )

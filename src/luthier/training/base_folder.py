@@ -1,0 +1,62 @@
+"""``RUN/base``: a base that plain libraries could not find again, written once as a transformers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.artifacts import fingerprint, publish
+from luthier.artifacts import manifest as manifests
+from luthier.checkpoint.checkpoints import versions
+from luthier.checkpoint.layout import model_layout, saved_state
+from luthier.checkpoint.ranks import Ranks
+from luthier.checkpoint.shards import HostBuffers
+from luthier.checkpoint.small_files import small_files
+from luthier.checkpoint.write import plan_part, write_parts
+from luthier.models.open import Base
+
+
+def write_folder(folder: Path, model: Any, tokenizer: Any, *, kind: str, facts: dict[str, Any]) -> None:
+    """Write a model (or a peft model's adapter) with its tokenizer as one published folder.
+
+    Raises:
+        RequestError: the folder exists.
+        LuthierError: the disk is full.
+    """
+    stem = "adapter_model" if kind == "adapter" else "model"
+    layout = model_layout(model)
+    part = plan_part("", stem, layout, {"format": "pt"})
+    grouped = {name for group in layout.groups for name in group}
+    shards = HostBuffers().snapshot(saved_state(model, layout), Ranks(), grouped)
+    partial = publish.begin(folder)
+    try:
+        manifest = write_parts(
+            partial, [part], [shards], small_files(model, tokenizer),
+            kind=kind, facts={**facts, "versions": versions()}, ranks=Ranks(), converter=model,
+        )  # fmt: skip
+        publish.finish(partial, folder, manifest)
+    finally:
+        publish.sweep(folder.parent)
+
+
+def write_base(run: Path, base: Base) -> Path:
+    """Write the opened base to ``RUN/base``, unless a whole one is there."""
+    folder = run / "base"
+    if existing(run) is None:
+        if folder.exists():
+            publish.remove(folder)
+        parent = {"kind": base.source.kind, "name": base.source.name}
+        if base.source.path is not None and base.source.path.is_file():
+            parent["fingerprint"] = fingerprint.of_file(base.source.path)
+        facts = {"parents": [parent], "new_token_ids": list(base.new_token_ids)}
+        write_folder(folder, base.model, base.tokenizer, kind="base", facts=facts)
+    return folder
+
+
+def existing(run: Path) -> Path | None:
+    """``RUN/base`` if it is there and whole."""
+    folder = run / "base"
+    if not folder.is_dir():
+        return None
+    manifest, problems = manifests.check_whole(folder)
+    return None if manifest is None or problems else folder

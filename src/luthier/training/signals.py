@@ -1,0 +1,45 @@
+"""Stopping on request: finish the step, publish, leave. A second interrupt leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop, and how."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+
+@contextmanager
+def stoppable(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request while the block runs; the handlers found are put back afterwards.
+
+    Outside the main thread signals cannot be handled, and the request stays empty.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.reason = name
+        say(f"{name}: finishing this step and publishing a checkpoint; interrupt again to leave at once")
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
