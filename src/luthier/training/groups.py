@@ -80,7 +80,7 @@ def _role(name: str, parameter: nn.Parameter, embeddings: set[int]) -> Role:
 
 def _embeddings(model: nn.Module) -> set[int]:
     """Parameters of every embedding and of the head, their trained copies and added rows included."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         if hasattr(model, getter):
             module = getattr(model, getter)()

@@ -130,12 +130,12 @@ class Optimizer:
         """Update every parameter that has a gradient, at ``rate`` times its group's peak rate."""
         for group, peak in self._peaks:
             group["lr"] = peak * rate
-        narrow = [slot for slot in self._slots if slot.total is not None]
-        for slot in narrow:
-            slot.weight.grad = slot.total if slot.has_master else slot.total.to(slot.parameter.dtype)
+        narrow = [(slot, slot.total) for slot in self._slots if slot.total is not None]
+        for slot, total in narrow:
+            slot.weight.grad = total if slot.has_master else total.to(slot.parameter.dtype)
         for engine in self._engines:
             engine.step()
-        for slot in narrow:
+        for slot, _ in narrow:
             slot.weight.grad = None
             if slot.has_master:
                 round_into(slot.parameter, slot.weight)
