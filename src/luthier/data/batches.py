@@ -78,12 +78,6 @@ class StepBatch:
     indices: list[int]
     """The samples, in the order of the epoch."""
 
-    @property
-    def padding(self) -> float:
-        """Share of the rows' places that hold padding."""
-        places = sum(batch.input_ids.numel() for batch in self.micro_batches)
-        return 1 - self.tokens / places
-
 
 class Batches:
     """The steps of a run over some samples, each computed from its number alone."""
@@ -95,8 +89,7 @@ class Batches:
         self._train = train
         self._pad_id = pad_id
         self._order = Order(tokens.shares, train.seed)
-        self._longest = int(tokens.lengths.max())
-        self._row_length = max(train.max_length or 0, self._longest)
+        self._row_length = max(train.max_length or 0, int(tokens.lengths.max()))
         self._epoch_edges: tuple[int, NDArray[np.int64]] | None = None
         if train.batch_tokens is None:
             self._samples_per_step = train.batch_samples or DEFAULT_BATCH_SAMPLES
@@ -132,6 +125,14 @@ class Batches:
             start = place * self._samples_per_step
             return self._order.samples(epoch, np.arange(start, min(start + self._samples_per_step, len(self._order))))
         return self._grouped_by_length(epoch, place)
+
+    def places(self, number: int) -> tuple[int, int]:
+        """Return (tokens, places for tokens in its rows, padding included) of a step without making tensors of it."""
+        lengths = self._tokens.lengths
+        rows = [int(lengths[row].sum()) for row in self._rows(self.step_samples(number))]
+        size = self._train.micro_batch
+        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        return sum(rows), sum(len(batch) * max(batch) for batch in batches)
 
     def _expected_tokens(self) -> int:
         """Tokens of an epoch: exact, or the mean over epochs where a source is not seen exactly once."""

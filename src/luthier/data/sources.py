@@ -229,13 +229,16 @@ def _long_fields() -> Iterator[None]:
 
 def _read_table(path: Path, encoding: str | None, offenders: Offenders, delimiter: str) -> Iterator[Record]:
     damaged: list[tuple[int, BadText]] = []
+    finished = False
 
     def lines() -> Iterator[str]:
+        nonlocal finished
         for number, line in read_lines(path, encoding):
             if isinstance(line, BadText):
                 damaged.append((number, line))
             else:
                 yield line
+        finished = True
 
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -246,6 +249,8 @@ def _read_table(path: Path, encoding: str | None, offenders: Offenders, delimite
                 row = next(rows, None)
         except csv.Error as error:
             offenders.add(Place(str(path), start), f"is not a row ({error})")
+            if finished:
+                return
             continue
         while damaged:
             number, reason = damaged.pop()

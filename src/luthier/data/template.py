@@ -98,12 +98,15 @@ class ChatTemplate:
         messages, tools = conversation.messages, conversation.tools
         template = self._tokenizer.get_chat_template(None, tools)
         if train_on == "all":
-            return Rendered(self.render(messages, tools), [])
+            text = self.render(messages, tools)
+            self._check_tools(messages, tools)
+            return Rendered(text, [])
         if _MARKED.search(template):
             text, spans = self._marked(messages, tools, template)
         else:
             text = self.render(messages, tools)
             spans = self._found(text, messages, tools)
+        self._check_tools(messages, tools)
         return Rendered(text, spans[-1:] if train_on == "last" else spans)
 
     def _marked(self, messages: list[Message], tools: Any, template: str) -> tuple[str, list[Span]]:
@@ -154,12 +157,17 @@ class ChatTemplate:
             return len(before or "")
         header = self._up_to_content(messages, tools, index)
         if header is not None and text.startswith(header):
-            return len(header)
-        if follows and header is None:  # a turn of tool calls, whose content the template does not show
+            # A template that writes nothing to ask for an answer leaves the space before it to the model.
+            return len(header) if self._asks else len(header.rstrip())
+        if follows and header is None and messages[index].get("tool_calls"):  # some show calls in place of the content
             return len(before or "")
         raise _not_found(index)
 
     def _turn_end(self, text: str, messages: list[Message], tools: Any, index: int, start: int) -> int:
+        if self.end_of_turn and not messages[index].get("tool_calls") and not self._said(messages[index]):
+            first = text.find(self.end_of_turn, start)
+            if first >= 0 and not self._control_pattern.search(text, start, first):
+                return first + len(self.end_of_turn)
         if index == len(messages) - 1:
             limit, exact = len(text), True
         else:
@@ -183,6 +191,10 @@ class ChatTemplate:
             return start + len(text[start:limit].rstrip())
         raise _not_found(index)
 
+    def _said(self, message: Message) -> bool:
+        """Whether a message's own text holds what the template ends a turn with."""
+        return any(self.end_of_turn in value for value in message.values() if isinstance(value, str))
+
     def _up_to_content(self, messages: list[Message], tools: Any, index: int) -> str | None:
         """Return the rendering of the whole conversation up to one message's content; None if it shows nowhere."""
         replaced = [*messages]
@@ -191,6 +203,25 @@ class ChatTemplate:
         if rendered is None or _STAND_IN not in rendered:
             return None
         return rendered[: rendered.index(_STAND_IN)]
+
+    def _check_tools(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Raise SampleError if the template leaves out what a sample says about tools, as templates without tools do."""
+        called = [call["function"]["name"] for message in messages for call in message.get("tool_calls", [])]
+        if not called and not tools:
+            return
+        renamed = [
+            {**message, "tool_calls": [_renamed(call) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in messages
+        ]
+        rendered = self._try_render(renamed, None) if called else None
+        if rendered is not None and rendered.count(_STAND_IN) < len(called):
+            raise _left_out("tool calls", called[0])
+        offered = [_renamed(tool) for tool in tools or []]
+        rendered = self._try_render(messages, offered) if offered else None
+        if rendered is not None and _STAND_IN not in rendered:
+            raise _left_out("tools", str((tools or [{}])[0].get("function", {}).get("name")))
 
     def _try_render(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str | None:
         """Render part of a conversation; None if the template refuses it, as some do where no user speaks."""
@@ -217,6 +248,19 @@ def _not_found(index: int) -> SampleError:
     return SampleError(
         f"message {index + 1} (assistant) cannot be found in what the chat template makes of the conversation; mark the "
         "answers in the template with {% generation %}, or set `data.train_on: all`"
+    )
+
+
+def _renamed(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool, or a call of one, with a stand-in for its name."""
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": {**tool["function"], "name": _STAND_IN}}
+    return {**tool, "name": _STAND_IN}
+
+
+def _left_out(what: str, name: str) -> SampleError:
+    return SampleError(
+        f"has {what} ({name}), which the chat template does not write; set `model.template` to one that does"
     )
 
 
