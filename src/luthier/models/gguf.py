@@ -1,24 +1,57 @@
 """A GGUF file as a trainable model: its blocks unpacked into a plain dense transformers model.
 
-Transformers regards what it read from a GGUF as quantised, even after unpacking: it refuses to train and to save
-it. The traces of that are removed here, so that the model is one like any other.
+The common dense architectures are unpacked here: transformers reads a file three times through a slow parser for
+them, regards the result as quantised (so that it can neither be trained nor saved), and leaves out silently what it
+has no place for. The other architectures go through transformers, and the traces are removed afterwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import gguf
+import numpy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from luthier.errors import ArtifactError, RequestError
 from luthier.models.coverage import check_coverage
 from luthier.models.gguf_header import GgufHeader
 from luthier.models.source import BaseSource
 
+_DENSE = ("llama", "qwen2", "qwen3")
+_KEYS = {  # GGUF's keys (after the architecture's name) to config names
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+_OWN_SCALING = ("gpt-oss", "gpt_oss")  # architectures whose scaling transformers takes over from the file
+
 
 def gguf_config(source: BaseSource, header: GgufHeader) -> PreTrainedConfig:
-    """The config that the file's metadata amount to; RequestError for an architecture that cannot be opened."""
+    """The config that the file's metadata amount to.
+
+    Raises:
+        RequestError: the architecture cannot be opened, or scales its positions in a way that would get lost.
+    """
+    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in header.tensors or (scaling != "none" and header.architecture not in _OWN_SCALING):
+        raise RequestError(
+            f"{source.name} scales its rotary positions, which cannot be taken over from a GGUF.",
+            code="gguf-rope",
+            where="model.path",
+            remedy="Give the model's folder in transformers format instead.",
+        )
+    if _is_dense(header):
+        return _dense_config(header)
     assert source.path is not None
     try:
         config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
@@ -38,15 +71,27 @@ def open_gguf(
 ) -> PreTrainedModel:
     """Reads and unpacks the weights in `dtype`; raises ArtifactError where they do not cover the model."""
     assert source.path is not None
+    dense = _is_dense(header)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.path.parent,
-            config=config,
-            gguf_file=source.path.name,
-            dtype=dtype,
-            output_loading_info=True,
-            **options,
-        )
+        if dense:
+            model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,
+                config=config,
+                state_dict=_dense_weights(source, header, config, dtype),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source.path.parent,
+                config=config,
+                gguf_file=source.path.name,
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+            )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise ArtifactError(
             f"this GGUF file ({header.architecture}) could not be unpacked: {error}",
@@ -55,8 +100,72 @@ def open_gguf(
             remedy="Get the file again, or give the model's folder in transformers format.",
         ) from error
     check_coverage(loading, source.name)
-    _forget_quantisation(model)
+    if not dense:
+        _forget_quantisation(model)
+    model.config.name_or_path = ""
+    model.name_or_path = ""
     return model
+
+
+def _is_dense(header: GgufHeader) -> bool:
+    return header.architecture in _DENSE and f"{header.architecture}.expert_count" not in header.metadata
+
+
+def _dense_config(header: GgufHeader) -> PreTrainedConfig:
+    data, prefix = header.metadata, header.architecture
+    values = {name: data[f"{prefix}.{key}"] for key, name in _KEYS.items() if f"{prefix}.{key}" in data}
+    values |= {
+        name: data[f"tokenizer.ggml.{key}_token_id"]
+        for key, name in _TOKENS.items()
+        if f"tokenizer.ggml.{key}_token_id" in data
+    }
+    if prefix == "llama" and "head_dim" not in values and f"{prefix}.rope.dimension_count" in data:
+        values["head_dim"] = data[f"{prefix}.rope.dimension_count"]
+    return AutoConfig.for_model(
+        prefix,
+        vocab_size=header.tensors["token_embd.weight"].shape[0],
+        rope_parameters={"rope_type": "default", "rope_theta": data.get(f"{prefix}.rope.freq_base", 10000.0)},
+        tie_word_embeddings="output.weight" not in header.tensors,
+        attention_bias="blk.0.attn_q.bias" in header.tensors,
+        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(prefix))].__name__],
+        **values,
+    )
+
+
+def _dense_weights(
+    source: BaseSource, header: GgufHeader, config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the file under transformers' name; one without a name there keeps its own, and so is reported."""
+    with torch.device("meta"):
+        expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).state_dict()
+    known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(known[header.architecture], config.num_hidden_layers)
+    names = {table.get_name(name, (".weight", ".bias")): name for name in expected}
+    weights = {}
+    for name, values in _unpacked(source, header):
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
+        weight = torch.from_numpy(values)
+        if header.architecture == "llama" and heads:
+            weight = _split_halves(weight, heads)
+        weights[names.get(name, name)] = weight.to(dtype)
+    return weights
+
+
+def _unpacked(source: BaseSource, header: GgufHeader) -> Iterator[tuple[str, numpy.ndarray]]:
+    data = numpy.memmap(str(source.path), mode="r", dtype=numpy.uint8)
+    for name, tensor in header.tensors.items():
+        rows = tensor.shape[:-1]
+        blocks = data[tensor.offset : tensor.offset + tensor.size].reshape(*rows, -1)
+        if tensor.kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            kind = numpy.float32 if tensor.kind == gguf.GGMLQuantizationType.F32 else numpy.float16
+            yield name, blocks.view(kind).astype(numpy.float32)
+        else:
+            yield name, gguf.dequantize(blocks, tensor.kind).reshape(tensor.shape)
+
+
+def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of queries and keys in transformers' order: llama.cpp rotates neighbours, transformers halves of a head."""
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
@@ -66,5 +175,3 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-    model.config.name_or_path = ""
-    model.name_or_path = ""

@@ -24,6 +24,7 @@ from luthier.models.gguf import gguf_config, open_gguf
 from luthier.models.gguf_header import GgufHeader, read_gguf_header
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import DTYPES, resolve_precision
+from luthier.models.quiet import quiet
 from luthier.models.settings import check_attention, set_dropout
 from luthier.models.source import BaseSource, find_source
 from luthier.models.template import end_of_turn, set_padding, set_template
@@ -72,10 +73,11 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu") -> Base
     if model.attention is not None:
         options["attn_implementation"] = model.attention
     dtype = DTYPES[resolve_precision(model, device)]
-    if found.header is not None:
-        loaded = open_gguf(found.source, found.header, config, dtype, options)
-    else:
-        loaded = _load(model, found.source, config, dtype, options)
+    with quiet():
+        if found.header is not None:
+            loaded = open_gguf(found.source, found.header, config, dtype, options)
+        else:
+            loaded = _load(model, found.source, config, dtype, options)
     loaded.config.dtype = dtype
     grown = make_rows(loaded, ids)
     _set_generation(loaded, tokenizer)
