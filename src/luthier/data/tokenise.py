@@ -171,7 +171,8 @@ class _Tokenising:
 
     def _keep(self, sample: _Sample, ids: Any, mask: Any) -> None:
         self._encoded += 1
-        self._counts.all_trained += bool(mask.any() and mask[1:].all())
+        begins = len(ids) > 0 and ids[0] == self._tokenizer.bos_token_id
+        self._counts.all_trained += bool(mask.any() and mask[1 if begins else 0 :].all())
         self._counts.empty_answers += _answers_nothing(sample.content)
         longest, rule = self._options.max_length, self._options.too_long
         pieces = [(ids, mask)]
