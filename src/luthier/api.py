@@ -23,6 +23,7 @@ from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, mak
 from luthier.models.open import Base, open_base
 from luthier.training import run as runs
 from luthier.training.base_folder import write_folder
+from luthier.training.finish import best_checkpoint
 from luthier.training.resolve import pick_device
 from luthier.training.run import Run
 
@@ -109,7 +110,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
 
 def _in_run(run: Path, wanted: str) -> Location:
     if wanted == "best":
-        found = runs.best_checkpoint(run)
+        found = best_checkpoint(run)
         if found is None:
             raise RequestError("no kept checkpoint of this run was evaluated.", code="no-best", where=str(run), remedy="Set checkpoint.best: eval_loss and data.eval before training.")  # fmt: skip
         return Location(folder_of(run, found.step), "checkpoint", run)
@@ -152,7 +153,9 @@ def load(
         opened = _open(os.fspath(path), precision, where, trust_remote_code)
         return _made_trainable(opened.model, trainable), opened.tokenizer
     if found.kind not in ("base", "gguf", "adapter", "checkpoint"):
-        raise RequestError(f"this is of kind {found.kind}, which this version cannot load.", code="kind", where=str(found.path))
+        raise RequestError(
+            f"this is of kind {found.kind}, which this version cannot load.", code="kind", where=str(found.path)
+        )
     folder = found.path
     if found.kind == "checkpoint":
         folder = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
@@ -177,7 +180,7 @@ def _load_adapter(
     base: str | os.PathLike[str] | None,
     trust_remote_code: bool,
 ) -> tuple[Any, Any]:
-    from luthier.models.adapters import open_adapter
+    from luthier.models.saved_adapter import open_adapter
 
     named = artifacts.identify(folder)
     name = os.fspath(base) if base is not None else _base_of(folder, found, named)
@@ -219,7 +222,9 @@ def _check_base(found: Location, opened: Base, name: str, *, insisted: bool) -> 
         )
 
 
-def _open(name: str, precision: Precision | None, device: str, trust_remote_code: bool, revision: str | None = None) -> Base:
+def _open(
+    name: str, precision: Precision | None, device: str, trust_remote_code: bool, revision: str | None = None
+) -> Base:
     return open_base(ModelConfig(path=name, revision=revision, precision=precision, trust_remote_code=trust_remote_code), device=device)  # fmt: skip
 
 
@@ -274,7 +279,9 @@ def _weights_folder(location: Location) -> Path:
         return location.path / ("adapter" if (location.path / "adapter").is_dir() else "model")
     if location.kind in ("adapter", "base"):
         return location.path
-    raise RequestError(f"plain libraries have no way to open kind {location.kind}.", code="kind", where=str(location.path))
+    raise RequestError(
+        f"plain libraries have no way to open kind {location.kind}.", code="kind", where=str(location.path)
+    )
 
 
 def describe(model: nn.Module) -> Description:

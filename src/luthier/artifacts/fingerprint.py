@@ -66,7 +66,9 @@ def of_folder(folder: Path) -> str:
         places += read_header(path)[0].values()
     jobs = [(path, [s for p in places if p.file == path.name for s in _tensor_stretches(p)]) for path in files]
     with ThreadPoolExecutor(4) as pool:
-        digests = [d for found in pool.map(lambda job: list(digest_file(job[0], job[0].name, job[1])), jobs) for d in found]
+        digests = [
+            d for found in pool.map(lambda job: list(digest_file(job[0], job[0].name, job[1])), jobs) for d in found
+        ]
     config = folder / "config.json"
     result = combine(of_tensors(places, digests), json.loads(config.read_text()) if config.is_file() else {})
     replace_file(memo, result.encode())

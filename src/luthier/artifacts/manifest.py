@@ -71,10 +71,18 @@ class Manifest:
             **self.facts,
             "files": [{"path": path, "size": size} for path, size in sorted(self.files.items())],
             "tensors": [
-                {"name": p.spec.name, "dtype": p.spec.dtype, "shape": list(p.spec.shape), "file": p.file, "offset": p.offset}
+                {
+                    "name": p.spec.name,
+                    "dtype": p.spec.dtype,
+                    "shape": list(p.spec.shape),
+                    "file": p.file,
+                    "offset": p.offset,
+                }
                 for p in self.tensors
             ],
-            "digests": [{"file": d.file, "offset": d.offset, "length": d.length, "blake3": d.blake3} for d in self.digests],
+            "digests": [
+                {"file": d.file, "offset": d.offset, "length": d.length, "blake3": d.blake3} for d in self.digests
+            ],
         }
         content["digest"] = _self_digest(content)
         return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
@@ -170,7 +178,8 @@ def _from_content(content: dict[str, Any]) -> Manifest:
         files={entry["path"]: entry["size"] for entry in content["files"]},
         digests=tuple(Digest(**entry) for entry in content["digests"]),
         tensors=tuple(
-            Place(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])), e["file"], e["offset"]) for e in content["tensors"]
+            Place(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])), e["file"], e["offset"])
+            for e in content["tensors"]
         ),
         facts={key: value for key, value in content.items() if key not in known},
     )
@@ -202,7 +211,9 @@ def check_whole(folder: Path) -> tuple[Manifest | None, list[Problem]]:
         name = path.relative_to(folder).as_posix()
         if path.suffix in WEIGHT_SUFFIXES and name not in manifest.files:
             problems.append(
-                Problem("stranger", f"{name} is not in the manifest.", "Move it away: it was not saved with this folder.")
+                Problem(
+                    "stranger", f"{name} is not in the manifest.", "Move it away: it was not saved with this folder."
+                )
             )
     return manifest, problems
 
@@ -214,7 +225,9 @@ def _check_header(folder: Path, name: str, expected: list[Place]) -> list[Proble
         return [Problem(error.code, f"{name}: {error.message}", error.remedy)]
     wanted = {place.spec.name: place for place in expected}
     remedy = "The file was changed after it was saved; use an older checkpoint or copy it again."
-    problems = [Problem("tensor-missing", f"{name} lacks tensor {tensor}.", remedy) for tensor in wanted if tensor not in found]
+    problems = [
+        Problem("tensor-missing", f"{name} lacks tensor {tensor}.", remedy) for tensor in wanted if tensor not in found
+    ]
     problems += [Problem("tensor-extra", f"{name} holds tensor {tensor}, which was not saved there.", remedy) for tensor in found if tensor not in wanted]  # fmt: skip
     problems += [
         Problem("tensor-changed", f"{name}: tensor {tensor} is {found[tensor].spec.dtype} {list(found[tensor].spec.shape)} instead of {place.spec.dtype} {list(place.spec.shape)}.", remedy)
@@ -241,7 +254,9 @@ def verify(folder: Path, *, threads: int = 4) -> tuple[Manifest | None, list[Pro
     for digest in manifest.digests:
         by_file.setdefault(digest.file, []).append(digest)
     uncovered = [name for name in manifest.files if manifest.files[name] and name not in by_file]
-    problems += [Problem("undigested", f"{name} has no digest in the manifest.", "Save it again.") for name in uncovered]
+    problems += [
+        Problem("undigested", f"{name} has no digest in the manifest.", "Save it again.") for name in uncovered
+    ]
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(lambda item: _verify_file(folder, manifest, *item), by_file.items()):
             problems += found

@@ -67,7 +67,11 @@ def plan_file(name: str, specs: Iterable[TensorSpec], metadata: Mapping[str, str
     entries: dict[str, object] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
     position = 0
     for spec in ordered:
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, position + spec.size]}
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.size],
+        }
         position += spec.size
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)

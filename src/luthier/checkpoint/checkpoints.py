@@ -22,11 +22,11 @@ from torch import nn
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts import publish
 from luthier.artifacts.manifest import Manifest, Problem
+from luthier.artifacts.run_folder import Found, folder_of, published
 from luthier.checkpoint import training_state
 from luthier.checkpoint.layout import Layout, is_adapter, model_layout, plain_layout, saved_state
 from luthier.checkpoint.ranks import Ranks
 from luthier.checkpoint.read import places_in, read_tensors
-from luthier.artifacts.run_folder import Found, folder_of, published
 from luthier.checkpoint.retain import delete, may_go, newest_whole
 from luthier.checkpoint.shards import HostBuffers, Shard
 from luthier.checkpoint.small_files import small_files
@@ -166,9 +166,7 @@ class Checkpoints:
         parts = self._plan(prepared, model, training_state.collect(model, optimizer))
         return sum(part.size for part in parts) + sum(len(data) for data in prepared.small.values())
 
-    def restore(
-        self, model: nn.Module, optimizer: Any | None = None, *, step: int | None = None
-    ) -> int:
+    def restore(self, model: nn.Module, optimizer: Any | None = None, *, step: int | None = None) -> int:
         """Read a checkpoint back into a model and its optimiser; returns its step, 0 where there is none.
 
         Args:
@@ -180,8 +178,16 @@ class Checkpoints:
         found = self.find(step)
         if found is None:
             return 0
-        _, problems = manifests.verify(found.path)
-        manifests.raise_problems(found.path, problems)
+        manifests.raise_problems(found.path, manifests.verify(found.path)[1])
+        self.load(found, model, optimizer)
+        return found.step
+
+    def load(self, found: Found, model: nn.Module, optimizer: Any | None = None) -> None:
+        """Read the tensors of a checkpoint that was verified into a model and its optimiser.
+
+        Raises:
+            ArtifactError: they are not of this model and optimiser.
+        """
         layout = self._prepare(model).weights
         folder, stem = _weights_name(model)
         read_tensors(found.path / folder, stem, layout, saved_state(model, layout), converter=model)
@@ -194,7 +200,6 @@ class Checkpoints:
                     read_tensors(found.path / "trainer", stem, plain_layout(targets), targets)
                     parts[stem] = targets
             training_state.load(model, optimizer, parts, read_state(found.path)["groups"])
-        return found.step
 
     def state_of(self, step: int) -> dict[str, Any]:
         """The ``extra`` values saved with a step."""
@@ -226,7 +231,9 @@ class Checkpoints:
             self._prepared = (model, _Prepared(model_layout(model), small_files(model, self._tokenizer)))
         return self._prepared[1]
 
-    def _plan(self, prepared: _Prepared, model: nn.Module, state: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Part]:
+    def _plan(
+        self, prepared: _Prepared, model: nn.Module, state: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> list[Part]:
         folder, stem = _weights_name(model)
         parts = [plan_part(folder, stem, prepared.weights, self._metadata)]
         return parts + [
@@ -314,7 +321,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"the training state cannot be read: {error}.", code="state", where=str(checkpoint)) from None
+        raise ArtifactError(
+            f"the training state cannot be read: {error}.", code="state", where=str(checkpoint)
+        ) from None
 
 
 def versions() -> dict[str, str]:

@@ -127,7 +127,9 @@ def active_adapter(model: Any) -> str:
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is to be saved of a model, in memory's names: tied tensors once, under the name that loading expects."""
-    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)}
+    tensors = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)
+    }
     if is_adapter(model):
         return tensors
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -156,7 +158,9 @@ def _groups(
     groups = tuple(tuple(sorted(names)) for names in by_layer.values())
     outputs: dict[str, torch.Size] = {}
     for group in groups:
-        outputs |= {name: tensor.shape for name, tensor in to_files(model, {name: left[name] for name in group}).items()}
+        outputs |= {
+            name: tensor.shape for name, tensor in to_files(model, {name: left[name] for name in group}).items()
+        }
     if outputs == {name: tensor.shape for name, tensor in wanted.items()}:
         return groups
     return (tuple(sorted(left)),)

@@ -53,7 +53,9 @@ def check_covers(layout: Layout, places: Mapping[str, tuple[Path, Place]], where
             said.append(f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
     if changed:
         found, wanted = places[changed[0]][1].spec, expected[changed[0]]
-        said.append(f"{changed[0]} is {found.dtype} {list(found.shape)} there, {wanted.dtype} {list(wanted.shape)} here")
+        said.append(
+            f"{changed[0]} is {found.dtype} {list(found.shape)} there, {wanted.dtype} {list(wanted.shape)} here"
+        )
     if said:
         raise ArtifactError(
             f"the tensors there are not those of this model: {'; '.join(said)}.",
@@ -114,7 +116,9 @@ def _by_source(layout: Layout) -> dict[str, list]:
     return sources
 
 
-def _read_groups(folder: Path, layout: Layout, targets: Mapping[str, torch.Tensor], converter: nn.Module | None) -> None:
+def _read_groups(
+    folder: Path, layout: Layout, targets: Mapping[str, torch.Tensor], converter: nn.Module | None
+) -> None:
     """Tensors whose conversion is no view: transformers itself opens the folder, and they are copied from there."""
     assert converter is not None
     opened = type(converter).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]

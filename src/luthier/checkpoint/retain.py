@@ -9,9 +9,12 @@ from luthier.artifacts import publish
 from luthier.artifacts.manifest import Manifest, check_whole
 from luthier.artifacts.run_folder import Found, folder_of, published
 
-def newest_whole(run: Path, say: Callable[[str], None]) -> tuple[Found, Manifest] | None:
-    """The newest checkpoint that matches its manifest; damaged newer ones are named and passed over."""
+
+def newest_whole(run: Path, say: Callable[[str], None], *, before: int | None = None) -> tuple[Found, Manifest] | None:
+    """The newest checkpoint (``before`` a step) that matches its manifest; damaged newer ones are named and passed over."""
     for item in reversed(published(run)):
+        if before is not None and item.step >= before:
+            continue
         manifest, problems = check_whole(item.path)
         if manifest is not None and not problems:
             return item, manifest

@@ -52,7 +52,11 @@ def groups_of(optimizer: Any | None) -> list[dict[str, Any]]:
     if optimizer is None or isinstance(optimizer, NamedState):
         return []
     return [
-        {k: v for k, v in group.items() if k != "params" and isinstance(v, int | float | bool | str | list | tuple | None)}
+        {
+            k: v
+            for k, v in group.items()
+            if k != "params" and isinstance(v, int | float | bool | str | list | tuple | None)
+        }
         for group in optimizer.param_groups
     ]
 

@@ -150,7 +150,9 @@ def _pieces(
     ]
 
 
-def _convert_groups(layout: Layout, shards: Mapping[str, Shard], converter: nn.Module | None) -> dict[str, torch.Tensor]:
+def _convert_groups(
+    layout: Layout, shards: Mapping[str, Shard], converter: nn.Module | None
+) -> dict[str, torch.Tensor]:
     """Convert with real bytes the groups whose tensors this rank holds whole."""
     converted: dict[str, torch.Tensor] = {}
     for group in layout.groups:

@@ -152,7 +152,7 @@ def _dense_weights(
 
 
 def _unpacked(source: BaseSource, header: GgufHeader) -> Iterator[tuple[str, numpy.ndarray]]:
-    data = numpy.memmap(str(source.path), mode="r", dtype=numpy.uint8)
+    data = numpy.memmap(str(source.path), mode="r", dtype=numpy.uint8).view(numpy.ndarray)
     for name, tensor in header.tensors.items():
         rows = tensor.shape[:-1]
         blocks = data[tensor.offset : tensor.offset + tensor.size].reshape(*rows, -1)

@@ -93,7 +93,9 @@ class Loop:
         begun = time.perf_counter()
         batch = parts.batches.step(state.step)
         parts.model.train()
-        loss = torch.zeros((), dtype=torch.float64 if parts.device.type != "mps" else torch.float32, device=parts.device)
+        loss = torch.zeros(
+            (), dtype=torch.float64 if parts.device.type != "mps" else torch.float32, device=parts.device
+        )
         for position, micro_batch in enumerate(batch.micro_batches):
             loss += self._micro_step(micro_batch, position, batch)
         norm = self._gradient_norm()
@@ -288,5 +290,3 @@ def peak_process_gib() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-

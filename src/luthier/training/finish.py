@@ -1,0 +1,142 @@
+"""After the last step: ask the live model, let go of it, and have plain libraries answer the same from the final folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.artifacts.run_folder import Found, folder_of, published
+from luthier.checkpoint.checkpoints import versions
+from luthier.config.schema import RunConfig
+from luthier.data.prepare import Prepared
+from luthier.errors import LuthierError
+from luthier.export.final import make_final
+from luthier.export.prove import Answers, Probe, Proof, live_answers, make_probe
+from luthier.models.open import Base
+from luthier.report.card import model_card
+from luthier.report.metrics import read_metrics
+from luthier.report.page import write_report
+from luthier.training import base_folder
+from luthier.training.events import Event, Events
+from luthier.training.loop import Parts
+from luthier.training.state import State
+
+Say = Callable[[str], None]
+PROBES = 3
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a run when the model is gone: the live model's answers, and what to say of it."""
+
+    config: RunConfig
+    run: Path
+    state: State
+    expected: Answers
+    probe: Probe
+    facts: dict[str, Any]
+    before: Path | None
+    events: Events
+    total_steps: int
+
+
+def ask_live_model(parts: Parts, base: Base, state: State, prepared: Prepared) -> Trained:
+    """Record the live model's logits in plain form; afterwards the caller drops the model and its optimiser."""
+    samples = prepared.eval or prepared.train
+    probe = make_probe(
+        parts.model,
+        [samples[index][0].tolist() for index in range(min(PROBES, len(samples)))],
+        deterministic=parts.config.train.deterministic,
+        trust_remote_code=parts.config.model.trust_remote_code,
+    )
+    if parts.config.train.memory == "recompute":
+        base.model.gradient_checkpointing_disable()
+    expected = live_answers(parts.model, base.tokenizer, probe)
+    facts = {key: parts.checkpoints.facts[key] for key in ("base", "parents")} | {"versions": versions()}
+    path = base.source.path
+    before = path if path and path.is_dir() else base_folder.existing(parts.run)
+    return Trained(parts.config, parts.run, state, expected, probe, facts, before, parts.events, parts.total_steps)
+
+
+def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
+    """Make the final folder and its proof in a process that has the device to itself, then say where everything is.
+
+    Raises:
+        ArtifactError: the proof failed; the checkpoints are kept.
+    """
+    gc.collect()
+    if torch.device(trained.probe.device).type == "cuda":
+        torch.cuda.empty_cache()
+    run, step = trained.run, trained.state.step
+    begun = time.perf_counter()
+
+    def card(folder: Path, kind: str) -> str:
+        return model_card(
+            run, kind="adapter" if kind == "adapter" else "model", open_with=how_to_open(kind), final=folder
+        )
+
+    try:
+        final, proof = make_final(
+            run, folder_of(run, step), trained.expected, trained.probe,
+            facts=trained.facts, card=card, base=trained.before,
+        )  # fmt: skip
+    finally:
+        write_page(run, say)
+    say(f"proof: {proof.verdict} in {time.perf_counter() - begun:.1f} s; {proof.says}")
+    trained.events.emit(Event("end", step, trained.total_steps, run, {}, final))
+    _closing(trained, final, say)
+    return final, proof
+
+
+def write_page(run: Path, say: Say) -> None:
+    """Write report.html; a picture never costs a run."""
+    try:
+        write_report(run)
+    except (LuthierError, OSError, ValueError, KeyError) as error:
+        say(f"report.html could not be written: {error}")
+
+
+def best_checkpoint(run: Path) -> Found | None:
+    """The kept checkpoint whose step had the lowest held-out loss."""
+    losses = {
+        record["step"]: record["eval_loss"]
+        for record in read_metrics(run / "metrics.jsonl")
+        if record["kind"] == "eval" and record["step"] > 0 and record["eval_loss"] is not None
+    }
+    kept = [found for found in published(run) if found.step in losses]
+    return min(kept, key=lambda found: losses[found.step], default=None)
+
+
+def how_to_open(kind: str) -> str:
+    """Python that opens a final folder with plain libraries; ``FOLDER`` stands for its place."""
+    name = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
+    library = "peft" if kind == "adapter" else "transformers"
+    return f"""from {library} import {name}
+from transformers import AutoTokenizer
+
+model = {name}.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+
+
+def _closing(trained: Trained, final: Path, say: Say) -> None:
+    state, run = trained.state, trained.run
+    say(f"the {'adapter' if trained.config.adapter else 'model'} is in {final}")
+    if state.best_loss is not None and state.best_step != state.step and math.isfinite(state.best_loss):
+        kept = best_checkpoint(run)
+        if kept and kept.step == state.best_step:
+            say(f"the lowest held-out loss was at step {state.best_step} ({state.best_loss:.4f}): {run}@best")
+    say(f"talk to it: luthier chat {final}")
+    say(f"look at it: {run / 'report.html'}")
+
+
+def stored_proof(final: Path) -> dict[str, Any]:
+    """The content of a final folder's ``proof.json``."""
+    return json.loads((final / "proof.json").read_text())

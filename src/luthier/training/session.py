@@ -1,0 +1,196 @@
+"""The parts of a run, made in order: data, model, optimiser, checkpoints; everything that training then works with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.artifacts import fingerprint
+from luthier.artifacts import manifest as manifests
+from luthier.artifacts.files import readable_size, replace_file
+from luthier.artifacts.run_folder import Found
+from luthier.checkpoint.checkpoints import Checkpoints, read_state, versions
+from luthier.config.read import write_run
+from luthier.config.schema import ModelConfig, RunConfig
+from luthier.data.batches import Batches
+from luthier.data.prepare import Prepared, prepare
+from luthier.errors import RequestError
+from luthier.models import adapters
+from luthier.models.memory import recompute
+from luthier.models.open import Base, open_base, open_config, open_tokenizer
+from luthier.report.metrics import MetricsLog
+from luthier.training import base_folder, numerics, optimizers, schedule
+from luthier.training.events import Events
+from luthier.training.loop import Parts
+from luthier.training.measure import Measurer
+from luthier.training.rehearsal import rehearse_packing, rehearse_saving
+from luthier.training.resolve import after_data, before_data
+from luthier.training.state import seed_of
+
+Say = Callable[[str], None]
+
+
+class Session:
+    """Makes the parts of one run; ``start`` is the checkpoint to go on from, None for a fresh run."""
+
+    def __init__(
+        self, config: RunConfig, run: Path, device: torch.device, start: Found | None, allow: Collection[str], say: Say
+    ) -> None:
+        self.config, self.run, self.device, self.start, self.allow, self.say = config, run, device, start, allow, say
+        self.extra: dict[str, Any] = read_state(start.path)["extra"] if start else {}
+        self.notes: list[str] = []
+
+    def data(self) -> tuple[Prepared, Batches, int]:
+        """Everything that can be wrong with the request is found here, before weights are read."""
+        self.config = before_data(self.config, open_config(self._model_config()), self.device)
+        tokenizer = open_tokenizer(self._model_config())
+        prepared = prepare(self.config, tokenizer, say=self.notes.append)
+        batches = Batches(prepared.train, self.config.train, pad_id=tokenizer.pad_token_id)
+        self.config, total = after_data(self.config, batches.steps_per_epoch, has_held_out=prepared.eval is not None)
+        self._compare_with_checkpoint(prepared.facts["fingerprint"], total)
+        write_run(self.config, self.run / "run.yaml")
+        return prepared, batches, total
+
+    def _compare_with_checkpoint(self, data: str, total: int) -> None:
+        if not self.start:
+            return
+        known = self.extra
+        if known["data"] != data and "data" not in self.allow:
+            raise RequestError(
+                "the training data has changed since this run began, so the same step would see other samples.",
+                code="data-changed",
+                where="data.train",
+                remedy="Put the data back, start a new run with another `output`, or insist with --allow data.",
+            )
+        if known["total_steps"] != total:
+            self.notes.append(
+                schedule.continuation_note(known["state"]["step"], known["total_steps"], total, self.config.optim)
+            )
+        now = versions()
+        then = manifests.read(self.start.path).facts["versions"]
+        changed = [f"{name} {then[name]} → {now[name]}" for name in now if name in then and then[name] != now[name]]
+        if changed:
+            self.notes.append(
+                f"library versions changed, so bits may differ from an uninterrupted run: {', '.join(changed)}"
+            )
+
+    def _model_config(self) -> ModelConfig:
+        """Where the model is opened from: the run file's path, or what this run wrote itself."""
+        config = self.config.model
+        if self.config.adapter is None and self.start:
+            return config.model_copy(update={"path": str(self.start.path / "model"), "revision": None})
+        own = base_folder.existing(self.run)
+        return config if own is None else config.model_copy(update={"path": str(own), "revision": None})
+
+    def model(self) -> tuple[Base, nn.Module]:
+        base = open_base(self._model_config(), device=self.device)
+        own = base_folder.existing(self.run)
+        if own is not None and self.config.adapter is not None:
+            base.new_token_ids = tuple(manifests.read(own).facts["new_token_ids"])
+        elif base.differs and self.config.adapter is not None:
+            own = base_folder.write_base(self.run, base)
+            self.notes.append(f"wrote the base once to {own}, so that plain peft opens final/")
+        model: nn.Module = base.model
+        if self.config.adapter is not None:
+            model = adapters.attach(
+                base, self.config.adapter, new_token_ids=base.new_token_ids,
+                base_name=str(own) if own else base.source.name, seed=seed_of(self.config.train.seed, "adapter"),
+            )  # fmt: skip
+        else:
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+        if self.config.train.memory == "recompute":
+            recompute(base.model)
+        if self.config.train.compile:
+            from luthier.models.compile import by_layer
+
+            by_layer(base.model)
+        return base, model
+
+    def parts(
+        self, base: Base, model: nn.Module, prepared: Prepared, batches: Batches, total: int, events: Events
+    ) -> Parts:
+        config = self.config
+        optimizer = optimizers.build(model, config.optim, adapter=config.adapter is not None)
+        environment = numerics.environment(self.device, base.model)
+        identity = self._identity(base)
+        checkpoints = Checkpoints(
+            self.run, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every, tokenizer=base.tokenizer,
+            facts={"base": identity, "parents": [{"kind": "base", **identity}]},
+            metadata={"luthier.base": identity["fingerprint"]} if config.adapter else {}, say=self.say,
+        )  # fmt: skip
+        size = rehearse_saving(config, self.run, model, optimizer, checkpoints)
+        if config.train.packing:
+            rehearse_packing(model, prepared.train, self.device)
+        log = MetricsLog(self.run / "metrics.jsonl")
+        if self.start:
+            self._restore(model, optimizer, checkpoints, environment, identity)
+        log.cut(self.extra.get("metrics_length", 0))
+        for line in optimizer.describe():
+            self.say(line)
+        self.say(
+            f"{total} steps, {batches.steps_per_epoch} an epoch, on {environment['device']} in {config.model.precision}"
+        )
+        self.say(
+            f"checkpoints: {self.run / 'checkpoints'} ({readable_size(size)} each, every {config.checkpoint.every} steps)"
+        )
+        self.say(f"final: {self.run / 'final'}")
+        self._write_facts(model, prepared, environment, total, checkpoints.facts["parents"])
+        return Parts(
+            config, self.run, model, optimizer, batches, checkpoints,
+            Measurer(config, base.tokenizer, prepared.eval, self.device), log, events, self.device, total,
+            {"data": prepared.facts["fingerprint"], "total_steps": total, "environment": environment},
+        )  # fmt: skip
+
+    def _identity(self, base: Base) -> dict[str, Any]:
+        """The base as manifests name it."""
+        own = base_folder.existing(self.run)
+        folder = own or base.source.path
+        identity: dict[str, Any] = {"name": str(own) if own else base.source.name, "revision": base.source.revision}
+        if self.config.adapter is None and self.start:
+            return manifests.read(self.start.path).facts["base"]
+        is_folder = folder is not None and folder.is_dir()
+        found = fingerprint.of_folder(folder) if is_folder else fingerprint.of_file(folder) if folder else ""
+        return {**identity, "fingerprint": found}
+
+    def _restore(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        checkpoints: Checkpoints,
+        environment: dict[str, Any],
+        identity: dict[str, Any],
+    ) -> None:
+        assert self.start
+        then = manifests.read(self.start.path).facts["base"]
+        if then["fingerprint"] != identity["fingerprint"] and "model" not in self.allow:
+            raise RequestError(
+                f"the base at {identity['name']} is not the one this run was trained on (its weights differ).",
+                code="base-changed",
+                where="model.path",
+                remedy="Give the right base with model.path=…, or insist with --allow model.",
+            )
+        checkpoints.load(self.start, model, optimizer)
+        self.say(f"resuming from step {self.start.step}: {self.start.path}")
+        changed = numerics.differences(self.extra["environment"], environment)
+        if changed:
+            self.say(f"bits may differ from an uninterrupted run: {', '.join(changed)}")
+
+    def _write_facts(
+        self, model: nn.Module, prepared: Prepared, environment: dict[str, Any], total: int, parents: Any
+    ) -> None:
+        facts = {
+            "parents": parents,
+            "summary": adapters.summary(model, self.config.adapter),
+            "data": prepared.facts,
+            "device": environment["device"],
+            "environment": environment,
+            "versions": versions(),
+            "total_steps": total,
+        }
+        replace_file(self.run / "facts.json", json.dumps(facts, indent=1, default=str).encode())
