@@ -52,6 +52,8 @@ class Chart:
     """Steps to mark at the foot: those that were skipped."""
     best: tuple[float, float] | None = None
     """A point to ring."""
+    span: tuple[float, float] | None = None
+    """First and last step of the axis; otherwise those of the points."""
 
 
 def draw(chart: Chart) -> str:
@@ -61,7 +63,7 @@ def draw(chart: Chart) -> str:
     if not series:
         empty = f'<div class="plot empty" style="height:{chart.height}px">nothing measured yet</div>'
         return f'<figure class="chart">{head}</figcaption>{empty}</figure>'
-    low_x, high_x = _range_x(series, chart.flaws)
+    low_x, high_x = _range_x(chart)
     low_y, high_y = _range_y(chart)
 
     def x(step: float) -> float:
@@ -82,7 +84,7 @@ def draw(chart: Chart) -> str:
     letters += [_letter("x", "left", x(tick), text) for tick, text in zip(ticks_x, tick_labels(ticks_x))]
     letters += _end_labels(series, y, chart.height)
     return (
-        f'<figure class="chart">{head}{_key(series, chart)}<output class="readout"></output></figcaption>'
+        f'<figure class="chart">{head}{_key(series, chart, high_y)}<output class="readout"></output></figcaption>'
         f'<div class="plot" style="height:{chart.height}px">'
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(_spoken(chart, series))}">'
         f"{''.join(shapes)}</svg>{''.join(letters)}<i class='cross'></i></div>"
@@ -164,10 +166,9 @@ def _values(points: Sequence[Point]) -> list[float]:
     return [value for _, value in points if value is not None]
 
 
-def _range_x(series: Sequence[Series], flaws: Sequence[float]) -> tuple[float, float]:
-    steps = [step for one in series for step, _ in one.points] + list(flaws)
+def _range_x(chart: Chart) -> tuple[float, float]:
+    steps = [*(chart.span or ()), *(step for one in chart.series for step, _ in one.points), *chart.flaws]
     low, high = min(steps), max(steps)
-    low = 0 if low <= 0.05 * high else low
     return (low, high) if high > low else (low - 1, high + 1)
 
 
@@ -226,8 +227,8 @@ def _end_labels(series: Sequence[Series], y: Scale, height: int) -> list[str]:
     return labels
 
 
-def _key(series: Sequence[Series], chart: Chart) -> str:
-    """Return what the lines are, where there is more than one."""
+def _key(series: Sequence[Series], chart: Chart, top: float) -> str:
+    """Return what the lines are, where there is more than one, what the marks are, and what exceeds the scale."""
     entries = (
         [f'<li class="{one.style} {one.tone}">{escape(one.label)}</li>' for one in series] if len(series) > 1 else []
     )
@@ -235,6 +236,9 @@ def _key(series: Sequence[Series], chart: Chart) -> str:
         entries.append('<li class="ring">best</li>')
     if chart.flaws:
         entries.append(f'<li class="flaw">{len(chart.flaws)} skipped</li>')
+    peak = max(value for one in chart.series for value in _values(one.points))
+    if peak > top:
+        entries.append(f'<li class="peak">peak {escape(number(float(f"{peak:.3g}")))}</li>')
     return f'<ul class="key">{"".join(entries)}</ul>' if entries else ""
 
 

@@ -63,6 +63,7 @@ def charts(files: RunFiles) -> list[Chart]:
     evaluation = _points(([files.base_evaluation] if files.base_evaluation else []) + files.evaluations, "eval_loss")
     best = files.best_evaluation
     ringed = (best["step"], best["eval_loss"]) if best and len(files.evaluations) > 1 else None
+    span = (0, files.last_step) if files.last_step else None  # one axis for all, so that they can be read together
     unit = "nats per trained token"
     lines = (
         [Series("each step", loss, "raw"), Series("smoothed", smooth(loss))]
@@ -70,14 +71,24 @@ def charts(files: RunFiles) -> list[Chart]:
         else [Series("training", loss)]
     )
     drawn = [
-        Chart("Loss", unit, [*lines, Series("held out", evaluation, "dots", "second")], 290, flaws=skipped, best=ringed)
+        Chart(
+            "Loss",
+            unit,
+            [*lines, Series("held out", evaluation, "dots", "second")],
+            290,
+            flaws=skipped,
+            best=ringed,
+            span=span,
+        )
     ]
     evaluation = _points(files.evaluations, "eval_loss")
     if len(evaluation) > 1:  # by itself, without the base model's, it shows whether it still falls
-        drawn.append(Chart("Held-out loss", unit, [Series("held out", evaluation, "dots", "second")], best=ringed))
+        drawn.append(
+            Chart("Held-out loss", unit, [Series("held out", evaluation, "dots", "second")], best=ringed, span=span)
+        )
     small = [
         ("Learning rate", "", "lr", True),
-        ("Gradient norm", "before clipping", "grad_norm", True),
+        ("Gradient norm", "unclipped", "grad_norm", True),
         ("Speed", "tokens per second", "tokens_per_second", True),
     ]
     for title, unit, key, from_zero in small:
@@ -89,7 +100,7 @@ def charts(files: RunFiles) -> list[Chart]:
                 if noisy
                 else [Series(title, points)]
             )
-            drawn.append(Chart(title, unit, series, from_zero=from_zero))
+            drawn.append(Chart(title, unit, series, from_zero=from_zero, span=span))
     return drawn
 
 
@@ -321,7 +332,7 @@ def _source(value: Any) -> Any:
     if isinstance(value, Mapping):
         return str(value.get("path", value))
     if isinstance(value, float) and 0 < value < 1:
-        return f"{value:.4g} of train"
+        return f"{value * 100:.4g} % of train"
     return value
 
 
