@@ -35,6 +35,7 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         if value is not None or name not in known or not known[name].section or "null" in known[name].allowed
     }
     problems = list(_shape(values, ""))
+    values = {name: value for name, value in values.items() if isinstance(name, str)}  # the others are reported by now
     wrong = {problem.key for problem in problems}
     try:
         config = RunConfig.model_validate(values)
@@ -124,7 +125,10 @@ def _key(location: tuple[int | str, ...], values: Any) -> str:
 
 
 def _problem(key: str, detail: dict[str, Any], values: dict[str, Any]) -> Problem:
-    line = keys()[canonical(key)].line if canonical(key) in keys() else ""
+    known = canonical(key)
+    while known not in keys() and "." in known:  # a key of a free mapping: what is known is said of the mapping
+        known = known.rpartition(".")[0]
+    line = keys()[known].line if known in keys() else ""
     if detail["type"] == "missing" and _lookup(key, values) is None:
         accepts = allowed(key)
         remedy = f"It takes {accepts}: {line}" if line else f"It takes {accepts}."

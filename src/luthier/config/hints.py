@@ -86,6 +86,8 @@ def wrong_value(key: str, value: Any) -> str:
     """Say what ``key`` accepts, and what was probably meant by ``value``."""
     accepts = allowed(key)
     sentence = f"It takes {accepts}." if accepts else ""
+    if key == "data" and isinstance(value, str | list):
+        return f"{sentence} Did you mean `data.train: {show(value)}`?"
     if not isinstance(value, str):
         return sentence
     lower = value.lower()

@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from luthier.config.schema import RunConfig, SourceConfig
+from luthier.config.schema import RunConfig, Source, SourceConfig, Sources
 from luthier.errors import RequestError
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -92,16 +92,13 @@ def _template(text: str) -> str:
     return os.path.abspath(path)
 
 
-Sources = str | SourceConfig | list[str | SourceConfig]
-
-
 def _sources(value: Sources, key: str) -> Sources:
     if isinstance(value, list):
         return [_source(item, f"{key}.{index}") for index, item in enumerate(value)]
     return _source(value, key)
 
 
-def _source(value: str | SourceConfig, key: str) -> str | SourceConfig:
+def _source(value: Source, key: str) -> Source:
     if isinstance(value, SourceConfig):
         value.path = _data(value.path, f"{key}.path")
         return value

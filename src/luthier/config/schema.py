@@ -67,12 +67,16 @@ class SourceConfig(Section):
     """Branch, tag or commit of a hub data set."""
 
 
+Source = Annotated[str, Field(min_length=1)] | SourceConfig
+Sources = Source | Annotated[list[Source], Field(min_length=1)]
+
+
 class DataConfig(Section):
     """What the model is trained on."""
 
-    train: str | SourceConfig | list[str | SourceConfig]
+    train: Sources
     """Where the samples come from: a file, folder, glob or hub id, or a list of these or of {path, weight, limit}."""
-    eval: Annotated[Real, Field(ge=0, lt=1)] | str | SourceConfig | list[str | SourceConfig] | None = None
+    eval: Annotated[Real, Field(ge=0, lt=1)] | Sources | None = None
     """Held-out samples: a share of `train` (0.02), or a source of their own."""
     columns: dict[str, str] = {}
     """Maps our field names to the file's columns, e.g. {prompt: question, completion: answer} or {messages: dialog}."""
