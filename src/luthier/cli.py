@@ -206,7 +206,6 @@ def _verify(options: Namespace) -> int:
 
 
 def _prove(options: Namespace) -> int:
-    import json
 
     from luthier.api import prove
 

@@ -41,13 +41,15 @@ def main(request_path: str) -> None:
                 with model.disable_adapter():
                     tensors[f"plain{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
     save_file(tensors, request["out"])
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=request["trust_remote_code"])
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
+    )
     rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
     answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules}
     Path(request["out"] + ".json").write_text(json.dumps(answer))
 
 
-def read_texts(tokenizer, conversations, texts):  # noqa: ANN001, ANN201
+def read_texts(tokenizer, conversations, texts):
     """How a tokenizer's template renders conversations, and how it splits texts; a template's refusal is an answer too."""
     import jinja2
 
@@ -60,11 +62,10 @@ def read_texts(tokenizer, conversations, texts):  # noqa: ANN001, ANN201
     return rendered, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def open_model(folder, request):  # noqa: ANN001, ANN201
+def open_model(folder, request):
     """What a user would type: AutoModelForCausalLM for a model, PeftModel on top of the base for an adapter."""
-    from transformers import AutoModelForCausalLM
-
     import torch
+    from transformers import AutoModelForCausalLM
 
     options = {
         "dtype": getattr(torch, request["dtype"]),

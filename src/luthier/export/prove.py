@@ -120,7 +120,14 @@ def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Ans
 
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
-        request = {**asdict(probe), "folder": str(folder), "base": base, "messages": MESSAGES, "texts": TEXTS, "out": str(out)}
+        request = {
+            **asdict(probe),
+            "folder": str(folder),
+            "base": base,
+            "messages": MESSAGES,
+            "texts": TEXTS,
+            "out": str(out),
+        }
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
         command = [sys.executable, str(prober.__file__), str(path)]
@@ -136,7 +143,9 @@ def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Ans
         tensors = load_file(out)
         told = json.loads(Path(f"{out}.json").read_text())
     if told["luthier"]:
-        raise ArtifactError("the proving process had luthier loaded, so it proves nothing.", code="proof", where=str(folder))
+        raise ArtifactError(
+            "the proving process had luthier loaded, so it proves nothing.", code="proof", where=str(folder)
+        )
     count = range(len(probe.ids))
     logits = [tensors[f"probe{i}"] for i in count]
     noise = largest_difference(logits, [tensors[f"again{i}"] for i in count])
@@ -168,7 +177,9 @@ def compare(expected: Answers, found: Answers, *, device: str, before: list[torc
     tokens = sum(len(x) for x in expected.logits)
     compared = f"logits of {len(expected.logits)} prompts ({tokens} tokens), chat template, tokenizer; {device}"
     if differences:
-        return Proof("failed", False, difference, bound, effect, compared, "; ".join(differences) + ".", tuple(differences))
+        return Proof(
+            "failed", False, difference, bound, effect, compared, "; ".join(differences) + ".", tuple(differences)
+        )
     how = "equal bits" if difference == 0 else f"equal within {bound:.3g}, the noise of repeating the computation"
     if effect is not None and (effect == 0 or effect < MARGIN * bound):
         says = f"{how}, but training changed these logits by only {effect:.3g}, so this would not tell the trained model from its base."
