@@ -75,8 +75,8 @@ def test_mapping_to_a_column_or_field_that_is_not_there_is_an_error(tmp_path, pr
 
 def test_pairs_do_without_a_chat_template_and_conversations_do_not(tmp_path, prepared):
     bare = make_tokenizer(template=None)
-    result = prepared(write_lines(tmp_path / "a.jsonl", [{"prompt": "q ", "completion": "a"}]), with_tokenizer=bare)
-    assert text_of(result.train, bare) == ("q a<|im_end|>", "a<|im_end|>")
+    result = prepared(write_lines(tmp_path / "a.jsonl", [{"prompt": "q:", "completion": "a"}]), with_tokenizer=bare)
+    assert text_of(result.train, bare) == ("q:a<|im_end|>", "a<|im_end|>")
     with pytest.raises(RequestError, match=r"model\.template: chatml") as caught:
         prepared(write_lines(tmp_path / "b.jsonl", chats(2)), with_tokenizer=bare)
     assert caught.value.code == "no-template"

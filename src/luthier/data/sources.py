@@ -171,24 +171,24 @@ def _read_json(path: Path, encoding: str | None, offenders: Offenders) -> Iterat
     try:
         whole = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
+        where = f"{path}:{getattr(error, 'lineno', 1)}"
         raise RequestError(
-            f"{path}:{line} is not JSON ({error}).",
+            f"{where} is not JSON ({error}).",
             code="broken-file",
-            where=f"{path}:{line}",
+            where=where,
             remedy="Mend the file: an array of objects, or JSON Lines with one object a line.",
         ) from None
     rows, start = _rows_of(whole, path), 0
     decoder = json.JSONDecoder()
     position = text.index("[") + 1 if isinstance(whole, list) else None
-    line = 1
+    begins = 1
     for number, values in enumerate(rows, start=1):
         if position is not None:
             position = _skip_separators(text, position)
-            line += text.count("\n", start, position)
+            begins += text.count("\n", start, position)
             start = position
             _, position = decoder.raw_decode(text, position)
-        place = Place(str(path), line if position is not None else number)
+        place = Place(str(path), begins if position is not None else number)
         if isinstance(values, dict):
             yield Record(place, values)
         else:

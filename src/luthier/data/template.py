@@ -114,7 +114,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, marked = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=template,
@@ -123,7 +123,8 @@ class ChatTemplate:
             )
         except (TemplateError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
             raise SampleError(f"is refused by the chat template ({error})") from None
-        return texts[0], [(start, self._end_after(texts[0], start, end)) for start, end in marked[0] if end > start]
+        (text,), (marked,) = rendered
+        return text, [(start, self._end_after(text, start, end)) for start, end in marked if end > start]
 
     def _end_after(self, text: str, start: int, end: int) -> int:
         """Move a marked span's end to just behind the end token, which authors of templates mark or leave out."""
@@ -173,7 +174,7 @@ class ChatTemplate:
         else:
             through = self._try_render(messages[: index + 1], tools)
             exact = through is not None and text.startswith(through)
-            if exact:
+            if through is not None and exact:
                 limit = len(through)
             else:
                 following = self._up_to_content(messages, tools, index + 1)

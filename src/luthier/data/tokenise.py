@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -154,15 +154,17 @@ class _Tokenising:
             )
 
     def _encode(self, samples: list[_Sample]) -> None:
-        encoded: list[Encoded | SampleError]
-        if isinstance(samples[0].content, Text):
-            encoded = self._plain.encode_texts([sample.content for sample in samples])
-        elif self._template is None and samples[0].content.separator is not None:
-            encoded = self._plain.encode_pairs([sample.content for sample in samples], self._options.train_on)
+        encoded: Sequence[Encoded | SampleError]
+        texts = [sample.content for sample in samples if isinstance(sample.content, Text)]
+        conversations = [sample.content for sample in samples if isinstance(sample.content, Conversation)]
+        if texts:
+            encoded = self._plain.encode_texts(texts)
+        elif self._template is None and all(each.separator is not None for each in conversations):
+            encoded = self._plain.encode_pairs(conversations, self._options.train_on)
         else:
             if self._template is None:
                 self._template = ChatTemplate(self._tokenizer)  # raises: there is none
-            encoded = self._template.encode([sample.content for sample in samples], self._options.train_on)
+            encoded = self._template.encode(conversations, self._options.train_on)
         for sample, result in zip(samples, encoded, strict=True):
             if isinstance(result, SampleError):
                 self._offenders.add(sample.place, str(result))
