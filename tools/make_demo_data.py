@@ -42,6 +42,8 @@ TRAIN_REQUESTS = {
         "{o} came back to you unopened, so please refund what I paid",
         "wrong amount refunded for {o}, the shipping costs are missing",
         "I'd like to claim a refund, the {p} never worked",
+        "please transfer the money for {o} back to my card",
+        "the {p} is broken, I'd like to be paid back",
     ],
     "delivery": [
         "where is my parcel? {o} was supposed to be here on Friday",
@@ -62,6 +64,8 @@ TRAIN_REQUESTS = {
         "how long does shipping a {p} take?",
         "{o} went to my old address",
         "has {o} left your warehouse yet?",
+        "nobody can tell me why {o} is still in Hamburg",
+        "is the {p} coming this week?",
     ],
     "cancel": [
         "please cancel {o}, I bought the {p} by mistake",
@@ -82,6 +86,8 @@ TRAIN_REQUESTS = {
         "never mind the {p}, cancel it",
         "I want to cancel what I ordered this morning",
         "we are moving abroad, kindly cancel {o}",
+        "I entered the wrong address, cancel {o} please",
+        "don't pack the {p} yet, I want to cancel",
     ],
     "exchange": [
         "the {p} is too small, can I swap it for a bigger one?",
@@ -102,6 +108,8 @@ TRAIN_REQUESTS = {
         "I need the {p} one size up, how do I exchange it?",
         "{o}: faulty {p}, replacement wanted",
         "please exchange {o}, the plug does not fit our sockets",
+        "{o} got damaged on the way, I'd like a new {p}",
+        "the {p} is damaged, please send me another one",
     ],
     "login": [
         "I can't log in to my account",
@@ -122,6 +130,8 @@ TRAIN_REQUESTS = {
         "login loops back to the start page",
         "please unlock my account, I typed the wrong password",
         "two-factor login fails since the update",
+        "I asked for a new password and got no mail",
+        "resetting my password does not work",
     ],
     "invoice": [
         "please send me the invoice for {o}",
@@ -142,6 +152,8 @@ TRAIN_REQUESTS = {
         "I lost the receipt of my {p}, can I get a copy?",
         "please bill {o} to my company instead of me",
         "the invoice file for {o} won't open",
+        "I can't find the receipt for my {p}",
+        "I paid for {o} and have no receipt",
     ],
 }
 HELDOUT_REQUESTS = {
