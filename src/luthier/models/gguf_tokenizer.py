@@ -7,9 +7,10 @@ other ids than the model was trained on: digits of SmolLM2 would be joined to th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from luthier.errors import ArtifactError
@@ -22,8 +23,15 @@ _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "ex
 _LLAMA3 = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2", "dbrx", "smaug-bpe"}
 _QWEN2 = {"qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2"}
 _QWEN35 = {"qwen35"}
-_TEKKEN = {"tekken"}
-_GPT4O = {"gpt-4o", "llama4", "minimax-m2"}
+_KNOWN_TO_TRANSFORMERS = {"tekken", "gpt-4o", "llama4", "minimax-m2"}
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_NAMED = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}"
@@ -46,47 +54,78 @@ def open_gguf_tokenizer(source: BaseSource, header: GgufHeader) -> tuple[PreTrai
             where=str(path),
             remedy="Give a GGUF of the language model itself; parts (a projector, an adapter) have none.",
         )
+    rule = header.metadata.get("tokenizer.ggml.pre", "")
+    by_bytes = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    known = _cut(rule)
+    cut = known or _cut("gpt-2") if by_bytes and rule not in _KNOWN_TO_TRANSFORMERS else None
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        tokenizer = _byte_level(header.metadata, cut) if cut else _by_transformers(path)
+    except (ValueError, KeyError, IndexError, AttributeError, NotImplementedError, OSError) as error:
         raise ArtifactError(
             f"its tokenizer ({header.metadata.get('tokenizer.ggml.model')}) cannot be built: {error}",
             code="gguf-tokenizer",
             where=str(path),
             remedy="Give the model's folder in transformers format instead.",
         ) from error
-    notes = []
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2":
-        notes += _set_split(tokenizer.backend_tokenizer, header.metadata)
     tokenizer.model_max_length = header.metadata.get(
         f"{header.architecture}.context_length", tokenizer.model_max_length
     )
+    if known or cut is None:
+        return tokenizer, []
+    return tokenizer, [
+        f"The GGUF names {rule or 'no'} rule for cutting text before merging, which is not known here; GPT-2's is used. "
+        "Compare some ids with the original tokenizer, or give the model's folder instead."
+    ]
+
+
+def _byte_level(metadata: dict[str, Any], cut: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerBase:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = cut
+    backend.decoder = decoders.ByteLevel()
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    backend.add_special_tokens([token for token in added if token.special])
+    backend.add_tokens([token for token in added if not token.special])
+    names = {name: tokens[metadata[key]] for name, key in _NAMED.items() if key in metadata}
+    before = [names["bos_token"]] if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in names else []
+    after = [names["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token") and "eos_token" in names else []
+    if before or after:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            special_tokens=[(token, backend.token_to_id(token)) for token in (*before, *after)],
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _by_transformers(path: Path) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.init_kwargs.pop("gguf_file", None)
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = ""
-    return tokenizer, notes
+    return tokenizer
 
 
-def _set_split(tokenizer: Tokenizer, metadata: dict[str, Any]) -> list[str]:
-    rule = metadata.get("tokenizer.ggml.pre", "")
+def _cut(rule: str) -> pre_tokenizers.PreTokenizer | None:
+    """The cutting rule by its name in the file; None for one that is not written down here."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if rule in _GPT2:
-        return []
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return words
     if rule in _SINGLE_DIGITS:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-    elif rule in _LLAMA3:
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    if rule in _LLAMA3:
         split = _SPLIT.format(letter=r"\p{L}", digits=r"\p{N}{1,3}", letters=r"\p{L}")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), by_bytes])
     elif rule in _QWEN2:
         split = _SPLIT.format(letter=r"\p{L}", digits=r"\p{N}", letters=r"\p{L}")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), by_bytes])
-    elif rule not in _QWEN35 | _TEKKEN | _GPT4O:
-        return [
-            f"The GGUF names {rule or 'no'} rule for cutting text before merging, which is not known here; GPT-2's is used. "
-            "Compare some ids with the original tokenizer, or give the model's folder instead."
-        ]
-    return []
+    elif rule in _QWEN35:
+        split = _SPLIT.format(letter=r"[\p{L}\p{M}]", digits=r"\p{N}", letters=r"\p{L}\p{M}")
+    else:
+        return None
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), by_bytes])

@@ -26,7 +26,7 @@ def fetch_config(source: BaseSource) -> tuple[BaseSource, dict[str, Any]]:
         RequestError: the hub was not reached, or has no such repository, revision or config.json.
     """
     try:
-        file = cached_file(source.name, "config.json", revision=source.revision)
+        file = str(cached_file(source.name, "config.json", revision=source.revision))
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         raise explain(error, source) from error
     commit = extract_commit_hash(file, None) or source.revision

@@ -65,8 +65,8 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu") -> Base
     if model.attention is not None:
         check_attention(model.attention)
     found = _find(model)
-    tokenizer, ids, notes = _tokenizer(model, found)
     config = _config(model, found)
+    tokenizer, ids, notes = _tokenizer(model, found)
     if model.dropout is not None:
         set_dropout(config, model.dropout)
     options: dict[str, Any] = {"device_map": {"": torch.device(device)}}
