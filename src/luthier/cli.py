@@ -182,9 +182,17 @@ def _data(options: Namespace) -> int:
     from luthier.config.read import read_run
 
     config = read_run(options.run_file, options.overrides)
-    from luthier.training.plan import show_data
+    from rich.console import Console
 
-    show_data(config, samples=options.samples)
+    from luthier.data import prepare
+    from luthier.data.show import show
+    from luthier.models.open import open_config, open_tokenizer
+    from luthier.training.resolve import before_data, pick_device
+
+    config = before_data(config, open_config(config.model), pick_device())
+    tokenizer = open_tokenizer(config.model)
+    console = Console()
+    show(prepare(config, tokenizer, say=lambda text: None), config, tokenizer, console, samples=options.samples)
     return 0
 
 
@@ -215,11 +223,12 @@ def _prove(options: Namespace) -> int:
 
 
 def _eval(options: Namespace) -> int:
+    from luthier.api import load
     from luthier.training.eval_artefact import evaluate_artefacts
 
     made = evaluate_artefacts(
         [options.path, *([options.against] if options.against else [])], options.data, metrics=options.metric,
-        limit=options.limit, max_new_tokens=options.max_new_tokens, base=options.base,
+        limit=options.limit, max_new_tokens=options.max_new_tokens, base=options.base, load=load,
     )  # fmt: skip
     _print_json(made.as_dict()) if options.json else print(made)
     return 0

@@ -96,7 +96,7 @@ class AdapterConfig(Section):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, validate_assignment=True)
 
     type: str = "lora"
-    """A peft method by its name in lower case: lora, loha, lokr, ia3, adalora, vera, …"""
+    """A peft method by its name in lower case: lora, loha, lokr, ia3, vera, oft, …"""
     r: Annotated[Whole, Field(gt=0)] = 16
     """Rank."""
     alpha: Annotated[Real, Field(gt=0)] | None = None

@@ -77,7 +77,7 @@ class Loop:
         parts.events.emit(self._event("start"))
         self._evaluate_if_due()
         while state.step < parts.total_steps and not self._patience_is_over():
-            record = self._train_step()
+            record = self.train_step()
             self._log(record)
             self._save_if_due()
             self._evaluate_if_due()
@@ -88,7 +88,8 @@ class Loop:
         parts.checkpoints.wait()
         self._report_saves(parts.checkpoints.finished())
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
+        """Do one optimiser step; returns its record for metrics.jsonl."""
         parts, state, config = self.parts, self.state, self.parts.config
         begun = time.perf_counter()
         batch = parts.batches.step(state.step)
@@ -237,7 +238,6 @@ class Loop:
         self._save()
         self.parts.checkpoints.wait()
         self._report_saves(self.parts.checkpoints.finished())
-        self.parts.events.close()
         raise Stopped(
             f"stopped on {self.stop.reason} after step {self.state.step} of {self.parts.total_steps}; the checkpoint is published.",
             code="stopped",

@@ -16,6 +16,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batches import DEFAULT_BATCH_SAMPLES
 from luthier.errors import RequestError
 from luthier.models.precision import resolve_precision
+from luthier.training.groups import peak_rate
 
 Say = Callable[[str], None]
 DEFAULT_MAX_LENGTH = 2048
@@ -51,8 +52,7 @@ def before_data(config: RunConfig, base_config: Any, device: torch.device) -> Ru
         train.batch_samples = DEFAULT_BATCH_SAMPLES
     if train.epochs is None and train.steps is None:
         train.epochs = 1.0
-    if config.optim.lr is None:
-        config.optim.lr = 2e-4 if config.adapter else 1e-5
+    config.optim.lr = peak_rate(config.optim, adapter=config.adapter is not None)
     if config.adapter and config.adapter.alpha is None:
         config.adapter.alpha = 2.0 * config.adapter.r
     return config

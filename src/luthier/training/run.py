@@ -118,6 +118,7 @@ def _train(session: Session, events: Events) -> Run:
             Loop(parts, state, progress, stop).run()
     except BaseException:
         finish.write_page(run, say)
+        events.close()
         raise
     finally:
         progress.close()

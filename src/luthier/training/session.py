@@ -95,12 +95,13 @@ class Session:
         elif base.differs and self.config.adapter is not None:
             own = base_folder.write_base(self.run, base)
             self.notes.append(f"wrote the base once to {own}, so that plain peft opens final/")
-        model: nn.Module = base.model
+        model: Any = base.model
         if self.config.adapter is not None:
             model = adapters.attach(
                 base, self.config.adapter, new_token_ids=base.new_token_ids,
                 base_name=str(own) if own else base.source.name, seed=seed_of(self.config.train.seed, "adapter"),
             )  # fmt: skip
+            self.notes += adapters.matched(model).notes
         else:
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())

@@ -1,0 +1,1 @@
+"""Training: what happens between a run file and a proven final folder."""
