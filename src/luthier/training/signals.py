@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +36,10 @@ def stoppable(say: Callable[[str], None]) -> Iterator[StopRequest]:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.reason = name
-        say(f"{name}: finishing this step and publishing a checkpoint; interrupt again to leave at once")
+        text = f"{name}: finishing this step and publishing a checkpoint; interrupt again to leave at once"
+        # This thread may have been interrupted while printing, or while starting a thread, and hold the locks that
+        # `say` or `threading.Thread` need; it would wait for itself for ever.
+        _thread.start_new_thread(say, (text,))
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
