@@ -271,7 +271,7 @@ class Checkpoints:
             target = folder_of(self.run, step)
             manifest = self._write(target, parts, shards, small, facts, model)
             seconds = time.perf_counter() - begun
-            problems = self._read_back(target) if self._ranks.rank == 0 else []
+            problems = self._read_back(step, target) if self._ranks.rank == 0 else []
             self._done.append(Saved(step, target, manifest.size, stall, seconds, tuple(problems)))
         except Exception as error:  # handed to the training thread by wait()
             flight.failure = error
@@ -289,6 +289,7 @@ class Checkpoints:
         try:
             with self._ranks.sharing_failure():
                 if self._ranks.rank == 0:
+                    self._make_way(target)
                     publish.begin(target)
             manifest = write_parts(partial, parts, shards, small, kind="checkpoint", facts=facts, ranks=self._ranks, converter=model)  # fmt: skip
             with self._ranks.sharing_failure():
@@ -300,14 +301,21 @@ class Checkpoints:
             raise
         return manifest
 
-    def _read_back(self, target: Path) -> list[Problem]:
+    def _make_way(self, target: Path) -> None:
+        """Remove a damaged checkpoint that resuming passed over, now that its step is saved again."""
+        if target.exists() and manifests.verify(target)[1]:
+            self._say(f"replacing the damaged checkpoint {target}")
+            publish.remove(target)
+
+    def _read_back(self, step: int, target: Path) -> list[Problem]:
         """Verify what was published; only then may something older go."""
         manifests.forget(target)
         _, problems = manifests.verify(target, threads=1)
         if problems:
             self._say(f"the checkpoint {target} reads back wrong: {problems[0].message} Nothing older was deleted.")
             return problems
-        steps = [item.step for item in published(self.run)]
+        # A newer one was damaged and passed over: it must not count as one of those that are kept instead of this.
+        steps = [item.step for item in published(self.run) if item.step <= step]
         delete(self.run, may_go(steps, keep=self._keep, keep_every=self._keep_every, protected=self.protected))
         return []
 
