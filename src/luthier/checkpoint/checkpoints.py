@@ -101,6 +101,7 @@ class Checkpoints:
         self._buffers: dict[str, HostBuffers] = {}
         self._prepared: tuple[nn.Module, _Prepared] | None = None
         self._flight: _Flight | None = None
+        self._reserving: threading.Thread | None = None
         self._done: list[Saved] = []
 
     def save(
@@ -117,6 +118,9 @@ class Checkpoints:
         """
         self.wait()
         begun = time.perf_counter()
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         prepared = self._prepare(model)
         parts, shards = self._snapshot(model, optimizer, prepared)
         stall = time.perf_counter() - begun
@@ -130,6 +134,20 @@ class Checkpoints:
         self._flight = flight
         flight.thread.start()
         return stall
+
+    def reserve(self, model: nn.Module, optimizer: Any | None = None) -> None:
+        """Begin to allocate the host memory of snapshots, beside the first steps."""
+        state = training_state.collect(model, optimizer)
+        tensors = {"weights": saved_state(model, self._prepare(model).weights), **state}
+        for stem in tensors:
+            self._buffers.setdefault(stem, HostBuffers())
+
+        def work() -> None:
+            for stem, values in tensors.items():
+                self._buffers[stem].reserve(values, self._ranks)
+
+        self._reserving = threading.Thread(target=work, name="reserve", daemon=True)
+        self._reserving.start()
 
     def wait(self) -> None:
         """Wait for the save in flight, if any.

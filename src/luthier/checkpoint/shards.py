@@ -83,11 +83,7 @@ class HostBuffers:
             local, start = stretch_of(tensor) or (tensor, 0)
             if local.numel() == 0 or not writes(tensor, ranks):
                 continue
-            buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
-                pinned = local.device.type == "cuda"
-                buffer = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=pinned)
-                self._buffers[name] = buffer
+            buffer = self._buffer(name, local)
             buffer.copy_(local, non_blocking=True)
             if local.device.type != "cpu":
                 devices.add(local.device)
@@ -95,3 +91,17 @@ class HostBuffers:
         for device in devices:
             torch.accelerator.synchronize(device)
         return shards
+
+    def reserve(self, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+        """Allocate what `snapshot` will copy these tensors into; pinning tens of GiB takes seconds, copying doesn't."""
+        for name, tensor in tensors.items():
+            found = stretch_of(tensor)
+            if found is not None and found[0].numel() and writes(tensor, ranks):
+                self._buffer(name, found[0])
+
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.device.type == "cuda")
+            self._buffers[name] = buffer
+        return buffer

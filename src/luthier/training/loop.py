@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,8 @@ class Loop:
         self._save_every = steps_of(config.checkpoint.every, per_epoch)
         self._evaluate_every = steps_of(config.evaluate.every, per_epoch)
         self._saved = state.step  # a resumed step is on disk already; step 0 needs no checkpoint
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
         self._dtype = next(p.dtype for p in parts.model.parameters() if p.is_floating_point())
 
     def run(self) -> None:
@@ -73,6 +76,10 @@ class Loop:
             Stopped: on request, after a checkpoint was published.
             LuthierError: too many steps in a row were not finite, or saving failed.
         """
+        with self._beside:
+            self._run()
+
+    def _run(self) -> None:
         parts, state = self.parts, self.state
         parts.events.emit(self._event("start"))
         self._evaluate_if_due()
@@ -92,7 +99,7 @@ class Loop:
         """Do one optimiser step; returns its record for metrics.jsonl."""
         parts, state, config = self.parts, self.state, self.parts.config
         begun = time.perf_counter()
-        batch = parts.batches.step(state.step)
+        batch = self._batch()
         parts.model.train()
         loss = torch.zeros(
             (), dtype=torch.float64 if parts.device.type != "mps" else torch.float32, device=parts.device
@@ -127,6 +134,14 @@ class Loop:
             "skipped": not finite,
         }
         return record if finite else {**record, "reason": reason, "indices": batch.indices[:64]}
+
+    def _batch(self) -> StepBatch:
+        """This step's samples; the next step's are put together beside it. Which ones is a function of the step alone."""
+        step = self.state.step
+        batch = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self.parts.batches.step(step)
+        if step + 1 < self.parts.total_steps:
+            self._ahead = (step + 1, self._beside.submit(self.parts.batches.step, step + 1))
+        return batch
 
     def _micro_step(self, micro_batch: MicroBatch, position: int, batch: StepBatch) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its share of the step's loss."""

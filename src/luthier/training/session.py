@@ -127,11 +127,12 @@ class Session:
         )  # fmt: skip
         size = rehearse_saving(config, self.run, model, optimizer, checkpoints)
         if config.train.packing:
-            rehearse_packing(model, prepared.train, self.device)
+            rehearse_packing(model, prepared.train, config.train, self.device)
         log = MetricsLog(self.run / "metrics.jsonl")
         if self.start:
             self._restore(model, optimizer, checkpoints, environment, identity)
         log.cut(self.extra.get("metrics_length", 0))
+        checkpoints.reserve(model, optimizer)
         for line in optimizer.describe():
             self.say(line)
         self.say(
