@@ -1,6 +1,6 @@
 """One GPU: tokens per second beside plain transformers + peft, the stall of a save, and a resume bit for bit.
 
-    python benchmarks/gpu.py WORK_FOLDER [--layers 16] [--steps 24]
+    python benchmarks/gpu.py WORK_FOLDER [--layers 16] [--steps 24] [--only speed|resume]
 
 Makes a Llama of Llama-3.2-1B's shape with random weights, and text whose rows are exactly full, so that both sides
 compute the same numbers of tokens without padding or masks. Ours is the whole of ``luthier train`` in a process of its
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     for key, value in {"layers": 16, "hidden": 2048, "vocab": 128256, "steps": 24}.items():
         parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--only", choices=["", "speed", "resume"], default="")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
     options = parser.parse_args()
@@ -159,14 +160,15 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    for adapter, kind in ((True, "LoRA"), (False, "full")):
+    if options.only in ("", "resume"):
+        add(resume_is_exact(work, adapter=True))
+        add(resume_is_exact(work, adapter=False))
+    for adapter, kind in ((True, "LoRA"), (False, "full")) if options.only in ("", "speed") else ():
         for deterministic in (True, False):
             name = f"{kind}{', deterministic' if deterministic else ''}"
             add(ours(work, name, adapter=adapter, deterministic=deterministic, steps=options.steps))
             shutil.rmtree(work / name)
         add(plain(work, adapter=adapter, steps=options.steps))
-    add(resume_is_exact(work, adapter=True))
-    add(resume_is_exact(work, adapter=False))
     print("\nTABLE")
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items() if key != "first_line"))
