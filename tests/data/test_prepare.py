@@ -103,6 +103,7 @@ def test_pretraining_takes_text_with_an_end_token_and_trains_it_all(tmp_path, pr
             r"a\.jsonl:1: message 1 has the role 'bot'; roles are system",
         ),
         ({"messages": []}, {}, r"a\.jsonl:1: has no messages"),
+        ({"messages": None}, {}, r"a\.jsonl:1: has no value under 'messages'"),
         ({"messages": [{"role": "user"}]}, {}, r"message 1 \(user\) has no content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, r"part of type 'image'; only text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, {}, r"turn 1 has from, value with from='alien'"),
@@ -133,7 +134,8 @@ def test_masks_that_are_all_full_are_an_error(tmp_path, prepared):
 def test_samples_that_differ_from_the_first_in_format_are_named(tmp_path, prepared):
     path = write_lines(tmp_path / "a.jsonl", [*chats(2), {"instruction": "q", "output": "a"}, *chats(1)])
     with pytest.raises(
-        RequestError, match=r"a\.jsonl:3: has no 'messages' .*looks like alpaca, while the file began as messages"
+        RequestError,
+        match=r"a\.jsonl:3: has no 'messages' .*looks like alpaca, while the source began as messages.*as a list",
     ):
         prepared(path)
     result = prepared(path, on_bad="skip")
@@ -177,6 +179,14 @@ def test_long_samples_are_truncated_dropped_or_split_and_counted(tmp_path, prepa
         prepared(path, rows={"max_length": 8}, too_long="drop")
 
 
+def test_long_text_is_split_for_pretraining_where_nothing_is_said(tmp_path, prepared):
+    (tmp_path / "a.txt").write_text("one two three " * 100)
+    result = prepared(tmp_path / "a.txt", method="pretrain", rows={"max_length": 32})
+    assert result.facts["split"] == 1 and len(result.train) > 5
+    cut = prepared(tmp_path / "a.txt", method="pretrain", rows={"max_length": 32}, too_long="truncate")
+    assert cut.facts["truncated"] == 1 and len(cut.train) == 1
+
+
 def test_held_out_share_is_stable_and_shares_no_content_with_training(tmp_path, prepared):
     samples = [*chats(90), *chats(30), *chats(30)]
     result = prepared(write_lines(tmp_path / "a.jsonl", samples), eval=0.2)
@@ -210,6 +220,13 @@ def test_mixture_takes_samples_by_weight(tmp_path, prepared):
     assert (seen[:60] == 1).all() and (seen[60:] == 4).all()
     plain = prepared([str(many), str(few)]).train
     assert len(Order(plain.shares, seed=0)) == 65
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, None)])
+def test_weights_are_shares_as_soon_as_one_is_given_and_missing_ones_are_one(tmp_path, prepared, weights):
+    many, few = write_lines(tmp_path / "a.jsonl", chats(60)), write_lines(tmp_path / "b.jsonl", chats(5, start=100))
+    tokens = prepared([{"path": str(many), "weight": weights[0]}, {"path": str(few), "weight": weights[1]}]).train
+    assert Order(tokens.shares, seed=0).counts == [60, 60]
 
 
 def test_second_run_opens_the_cache_and_reads_no_data_file(tmp_path, prepared, monkeypatch):

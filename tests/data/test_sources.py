@@ -1,5 +1,6 @@
 """Sources: every kind of file, encodings, and errors that name file and line."""
 
+import gzip
 import json
 import random
 
@@ -134,7 +135,9 @@ def test_broken_lines_are_named_with_their_lines_and_can_be_skipped(tmp_path):
     path.write_text('{"text": "a"}\n{"text": \n[1]\n{"text": "b"}\n')
     with pytest.raises(RequestError) as caught:
         read(path)
-    assert f"{path}:2: is not JSON" in str(caught.value) and f"{path}:3: holds a JSON array" in str(caught.value)
+    assert f"{path}:2: is not JSON (Expecting value at character 9)" in str(
+        caught.value
+    ) and f"{path}:3: holds a JSON array" in str(caught.value)
     assert "data.on_bad: skip" in str(caught.value)
     records, offenders = read(path, on_bad="skip")
     assert len(records) == 2 and offenders.count == 2
@@ -227,3 +230,36 @@ def test_random_bytes_give_a_clear_error_and_never_a_traceback(tmp_path):
                 read(path)
             except RequestError as error:
                 assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_compressed_files_are_read_as_what_is_in_them(tmp_path, kind):
+    text = {"jsonl": '{"text": "好"}\n', "json": '[{"text": "好"}]', "csv": "text\n好\n", "txt": "好"}[kind]
+    path = tmp_path / f"a.{kind}.gz"
+    path.write_bytes(gzip.compress(text.encode()))
+    assert values(path) == values(tmp_path) == [{"text": "好"}]
+
+
+def test_compressed_file_in_another_encoding_is_named_and_then_read(tmp_path):
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(CHINESE.encode("gbk")))
+    with pytest.raises(RequestError, match=r"a\.csv\.gz:1 is not UTF-8; it looks like gb18030"):
+        read(path)
+    assert len(values(path, encoding="gb18030")) == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-12], lambda data: b"plain text", lambda data: data[:20] + b"xxxx"]
+)
+def test_compressed_file_that_is_not_whole_is_an_error(tmp_path, damage):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b'{"text": "a b c"}\n' * 100)))
+    with pytest.raises(RequestError, match=r"a\.jsonl\.gz is not a whole gzip file"):
+        read(path)
+
+
+def test_kinds_that_cannot_be_read_are_refused_by_name(tmp_path):
+    for name in ("a.parquet.gz", "a.jsonl.zst", "a.xlsx"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(RequestError, match=r"is not of a kind that can be read.*\.jsonl"):
+            read(tmp_path / name)

@@ -14,6 +14,7 @@ Kind = Literal["free", "continuing", "fixed"]
 
 CHOSEN_AT_START = frozenset(
     {
+        "data.too_long",
         "model.precision",
         "model.attention",
         "data.encoding",

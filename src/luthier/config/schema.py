@@ -54,9 +54,9 @@ class SourceConfig(Section):
     """One place that samples come from."""
 
     path: str = Field(min_length=1)
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder or glob of them, or a hub data set's id."""
-    weight: Annotated[Real, Field(gt=0)] = 1.0
-    """Share of this source in a mixture, in samples, relative to the others."""
+    """A file (.jsonl, .json, .csv, .tsv, .txt, each also as .gz; .parquet), a folder or glob of them, or a hub data set's id."""
+    weight: Annotated[Real, Field(gt=0)] | None = None
+    """Share of this source in a mixture, in samples, relative to the others; 1 where only others give one. None given: every source is seen once an epoch."""
     limit: Annotated[Whole, Field(gt=0)] | None = None
     """Use at most this many samples, the first ones."""
     split: str = "train"
@@ -82,8 +82,8 @@ class DataConfig(Section):
     """Maps our field names to the file's columns, e.g. {prompt: question, completion: answer} or {messages: dialog}."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained: every assistant turn with its end token, only the last one, or all."""
-    too_long: Literal["truncate", "drop", "split"] = "truncate"
-    """What happens to samples longer than `train.max_length`."""
+    too_long: Literal["truncate", "drop", "split"] | None = None
+    """What happens to samples longer than `train.max_length`. Unset: `truncate` for `sft`, `split` for `pretrain`."""
     on_bad: Literal["error", "skip"] = "error"
     """What happens to a broken sample: stop with file and line, or skip and report the number."""
     encoding: str | None = None

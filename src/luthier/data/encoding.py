@@ -1,10 +1,18 @@
-"""Text files as lines: UTF-8 with or without a mark, or the encoding the run file names; others are named in the error."""
+"""Text files as lines: UTF-8 with or without a mark, or the encoding the run file names; others are named in the error.
+
+A file whose name ends in .gz is decompressed while it is read.
+"""
 
 from __future__ import annotations
 
 import codecs
+import gzip
+import io
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from luthier.errors import RequestError
 
@@ -33,6 +41,25 @@ def check_encoding(name: str | None) -> None:
         ) from None
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file's bytes, decompressed; raises RequestError for a compressed file that is not whole."""
+    if path.suffix.lower() != ".gz":
+        with open(path, "rb") as plain:
+            yield plain
+        return
+    try:
+        with gzip.open(path, "rb") as unpacked:
+            yield cast(BinaryIO, unpacked)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RequestError(
+            f"{path} is not a whole gzip file ({error}).",
+            code="broken-file",
+            where=str(path),
+            remedy="Fetch or write the file again; a file that is not compressed must not be called .gz.",
+        ) from None
+
+
 def read_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, str | BadText]]:
     """Yield (1-based number, line with its end), or BadText in place of a line that cannot be read.
 
@@ -42,7 +69,7 @@ def read_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, str | Ba
         yield from _read_utf8(path)
         return
     try:
-        with open(path, encoding=encoding, newline="") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
             number = 0
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
@@ -59,7 +86,7 @@ def read_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, str | Ba
 
 
 def _read_utf8(path: Path) -> Iterator[tuple[int, str | BadText]]:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
@@ -102,7 +129,7 @@ def _too_long(path: Path, number: int) -> RequestError:
 
 def _detect(path: Path) -> str | None:
     """Name the encoding of a file: "utf-8" where only single lines are broken, None where nothing fits."""
-    with open(path, "rb") as file:
+    with _open(path) as file:
         data = _around_first_foreign_byte(file.read(SAMPLE), file.read)
     if data[:2] in _MARKS:
         return _MARKS[data[:2]]

@@ -135,7 +135,14 @@ def convert(values: Mapping[str, Any], name: str, *, whole: bool = True) -> Conv
     missing = [needed for needed in FIELDS[name] if values.get(needed) is None]
     if missing:
         other = recognise(values)
-        found = f"; it looks like {other}, while the file began as {name}" if other not in (None, name) else ""
+        if missing[0] in values:
+            raise SampleError(f"has no value under {missing[0]!r}")
+        found = (
+            f"; it looks like {other}, while the source began as {name} (files of different formats go into `data.train` "
+            "as a list, one source each)"
+            if other not in (None, name)
+            else ""
+        )
         raise SampleError(f"has no {missing[0]!r} (it has {_listed(values)}){found}")
     if name == "text":
         return Text(_string(values["text"], "text"), whole)

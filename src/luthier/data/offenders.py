@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from luthier.errors import RequestError
 
@@ -25,6 +25,12 @@ class Place:
 
 class SampleError(Exception):
     """A sample cannot be used; the text says why."""
+
+
+class Noting(Protocol):
+    """What the readers of files tell of broken samples."""
+
+    def add(self, place: Place, reason: str) -> None: ...
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 from luthier.config.schema import RunConfig, SourceConfig
 from luthier.data.cache import digest_of, open_shard, source_digest, summary_of, token_folder, tokenizer_digest
 from luthier.data.heldout import hold_out
-from luthier.data.tokenise import Options, tokenise
+from luthier.data.tokenise import Options, TooLong, tokenise
 from luthier.data.tokens import Part, Shard, Tokens
 
 DEFAULT_MAX_LENGTH = 2048
@@ -32,6 +32,11 @@ def max_length(config: RunConfig, tokenizer: Any) -> int:
     if config.train.max_length is not None:
         return config.train.max_length
     return min(DEFAULT_MAX_LENGTH, getattr(tokenizer, "model_max_length", None) or DEFAULT_MAX_LENGTH)
+
+
+def too_long(config: RunConfig) -> TooLong:
+    """Return what happens to samples longer than a row: the run file's rule, else the one that suits the method."""
+    return config.data.too_long or ("split" if config.method == "pretrain" else "truncate")
 
 
 def prepare(
@@ -73,7 +78,7 @@ class _Work:
         self.options = Options(
             method=config.method,
             train_on=config.data.train_on,
-            too_long=config.data.too_long,
+            too_long=too_long(config),
             on_bad=config.data.on_bad,
             max_length=max_length(config, tokenizer),
             columns=config.data.columns,
@@ -83,8 +88,7 @@ class _Work:
         self.warm = True
 
     def parts(self, sources: Sequence[SourceConfig]) -> list[Part]:
-        mixed = any(source.weight != 1.0 for source in sources)
-        return [Part(self._shard(source), weight=source.weight if mixed else None) for source in sources]
+        return [Part(self._shard(source), weight=source.weight) for source in sources]
 
     def _shard(self, source: SourceConfig) -> Shard:
         origin = source.model_dump(include={"path", "limit", "split", "name", "revision"})

@@ -25,6 +25,8 @@ LONGEST_CHARACTER = 4
 TRAINED, UNTRAINED = "bold green", "bright_black"
 MARKS = ("⟦", "⟧")
 """Put around trained text where there are no colours."""
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+"""Control characters as Unicode's pictures of them: what data hold must not command the terminal."""
 
 
 def show(prepared: Prepared, config: RunConfig, tokenizer: Any, console: Console, *, samples: int = SAMPLES) -> None:
@@ -32,7 +34,7 @@ def show(prepared: Prepared, config: RunConfig, tokenizer: Any, console: Console
     facts = prepared.facts
     for part in prepared.train.parts:
         for line in describe(part.shard, facts["max_length"]):
-            console.print(line, markup=False, highlight=False)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _overview(facts):
         console.print(line, markup=False, highlight=False)
     console.print("\nLengths in tokens", style="bold")
@@ -89,15 +91,16 @@ def _show_sample(tokens: Tokens, index: int, tokenizer: Any, console: Console) -
 
     ids, mask = tokens[index]
     title = f"\nSample {index}, {tokens.place(index)}: {len(ids):,} tokens, {int(mask.sum()):,} trained"
-    console.print(title, style="bold", markup=False, highlight=False)
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
     text = Text()
     for piece, trained in segments(ids.tolist(), mask.tolist(), tokenizer):
+        piece = piece.translate(_VISIBLE)
         if coloured:
             text.append(piece, style=TRAINED if trained else UNTRAINED)
         else:
             text.append(f"{MARKS[0]}{piece}{MARKS[1]}" if trained else piece)
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def segments(ids: Sequence[int], mask: Sequence[bool], tokenizer: Any) -> list[tuple[str, bool]]:

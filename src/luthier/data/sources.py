@@ -15,15 +15,18 @@ from typing import Any
 
 from luthier.config.schema import SourceConfig
 from luthier.data.encoding import LONGEST_LINE, BadText, read_lines
-from luthier.data.offenders import Offenders, Place
+from luthier.data.offenders import Noting, Place
 from luthier.errors import RequestError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSED = ".gz"
+"""May follow any of them but .parquet, which is compressed within."""
 LARGEST_JSON = 2 << 30
 """Bytes in the largest .json array that is read; it has to be held in memory whole."""
 TEXT_PORTION = 1 << 20
 """Characters of a .txt file taken together; longer files are cut at line ends."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_KINDS = f"Data files end in {', '.join(SUFFIXES)}; all but the tables of .parquet may be compressed ({COMPRESSED})."
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -37,19 +40,27 @@ class Record:
     """False for a portion of a text that goes on in the next record."""
 
 
+def kind_of(path: Path) -> str | None:
+    """Return which of SUFFIXES says how a file is read; None for what is no data file."""
+    name = path.name.lower()
+    kind = Path(name.removesuffix(COMPRESSED)).suffix
+    packed_twice = kind == ".parquet" and name.endswith(COMPRESSED)
+    return kind if kind in SUFFIXES and not packed_twice else None
+
+
 def find_files(source: SourceConfig) -> list[Path] | None:
     """Return the files of a source, sorted; None for a hub data set. Raises RequestError if there are none."""
     path = Path(source.path).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
+        if kind_of(path) is None:
             raise _unreadable(path)
         return [path]
     if path.is_dir():
         found = sorted(each for each in path.rglob("*") if _is_data_file(each, path))
     elif _GLOB.search(source.path):
         found = sorted(Path(each) for each in glob.glob(str(path), recursive=True))
-        found = [each for each in found if each.is_file() and each.suffix.lower() in SUFFIXES]
-    elif _HUB_ID.fullmatch(source.path) and path.suffix.lower() not in SUFFIXES:
+        found = [each for each in found if each.is_file() and kind_of(each)]
+    elif _HUB_ID.fullmatch(source.path) and kind_of(path) is None:
         return None
     else:
         raise _missing(path)
@@ -58,14 +69,14 @@ def find_files(source: SourceConfig) -> list[Path] | None:
             f"{source.path} holds no data file.",
             code="no-data",
             where="data.train",
-            remedy=f"Data files end in {', '.join(SUFFIXES)}.",
+            remedy=_KINDS,
         )
     return found
 
 
 def _is_data_file(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not hidden
+    return kind_of(path) is not None and path.is_file() and not hidden
 
 
 def _unreadable(path: Path) -> RequestError:
@@ -73,7 +84,7 @@ def _unreadable(path: Path) -> RequestError:
         f"{path} is not of a kind that can be read.",
         code="unknown-file-kind",
         where=str(path),
-        remedy=f"Data files end in {', '.join(SUFFIXES)}.",
+        remedy=_KINDS,
     )
 
 
@@ -89,7 +100,7 @@ def _missing(path: Path) -> RequestError:
     return RequestError(f"{path} does not exist.", code="no-data", where="data.train", remedy=hint)
 
 
-def read_records(source: SourceConfig, encoding: str | None, offenders: Offenders) -> Iterator[Record]:
+def read_records(source: SourceConfig, encoding: str | None, offenders: Noting) -> Iterator[Record]:
     """Yield a source's records, at most ``source.limit``; broken ones go to ``offenders``."""
     for count, record in enumerate(_all_records(source, encoding, offenders)):
         if count == source.limit:
@@ -97,7 +108,7 @@ def read_records(source: SourceConfig, encoding: str | None, offenders: Offender
         yield record
 
 
-def _all_records(source: SourceConfig, encoding: str | None, offenders: Offenders) -> Iterator[Record]:
+def _all_records(source: SourceConfig, encoding: str | None, offenders: Noting) -> Iterator[Record]:
     files = find_files(source)
     if files is None:
         yield from _read_hub(source)
@@ -107,7 +118,7 @@ def _all_records(source: SourceConfig, encoding: str | None, offenders: Offender
             raise RequestError(
                 f"{path} is empty.", code="empty-file", where=str(path), remedy="Write samples to it, or take it out."
             )
-        kind = path.suffix.lower()
+        kind = kind_of(path)
         if kind == ".jsonl" or (kind == ".json" and _holds_lines(path, encoding)):
             yield from _read_json_lines(path, encoding, offenders)
         elif kind == ".json":
@@ -133,16 +144,19 @@ def _holds_lines(path: Path, encoding: str | None) -> bool:
     return True
 
 
-def _read_json_lines(path: Path, encoding: str | None, offenders: Offenders) -> Iterator[Record]:
+def _read_json_lines(path: Path, encoding: str | None, offenders: Noting) -> Iterator[Record]:
     for number, line in read_lines(path, encoding):
         place = Place(str(path), number)
         if isinstance(line, BadText):
             offenders.add(place, str(line))
         elif line.strip():
             try:
-                values = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                offenders.add(place, f"is not JSON ({error})")
+                values = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                offenders.add(place, f"is not JSON ({error.msg} at character {error.pos + 1})")
+                continue
+            except RecursionError:
+                offenders.add(place, "is JSON nested too deeply")
                 continue
             if isinstance(values, dict):
                 yield Record(place, values)
@@ -154,7 +168,7 @@ def _json_kind(value: Any) -> str:
     return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
 
 
-def _read_json(path: Path, encoding: str | None, offenders: Offenders) -> Iterator[Record]:
+def _read_json(path: Path, encoding: str | None, offenders: Noting) -> Iterator[Record]:
     if path.stat().st_size > LARGEST_JSON:
         raise RequestError(
             f"{path} is larger than {LARGEST_JSON >> 30} GiB, and a JSON array has to be held in memory whole.",
@@ -227,7 +241,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_table(path: Path, encoding: str | None, offenders: Offenders, delimiter: str) -> Iterator[Record]:
+def _read_table(path: Path, encoding: str | None, offenders: Noting, delimiter: str) -> Iterator[Record]:
     damaged: list[tuple[int, BadText]] = []
     finished = False
 
@@ -296,7 +310,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _read_text(path: Path, encoding: str | None, offenders: Offenders) -> Iterator[Record]:
+def _read_text(path: Path, encoding: str | None, offenders: Noting) -> Iterator[Record]:
     """Yield a file as one text; a long one in portions, so that it never has to be in memory whole."""
     held: list[str] = []
     size, start = 0, 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +13,19 @@ from blake3 import blake3
 
 from luthier.config.schema import SourceConfig
 from luthier.data.cache import ShardWriter
+from luthier.data.encode import Encoder
 from luthier.data.encoding import check_encoding
 from luthier.data.formats import Conversation, Text, check_columns, convert, map_columns, require_format
 from luthier.data.offenders import SHOWN, Offenders, Place, SampleError
-from luthier.data.plain import PlainText
 from luthier.data.sources import read_records
-from luthier.data.template import ChatTemplate, Encoded, TrainOn
+from luthier.data.template import Encoded, TrainOn
 from luthier.data.tokens import Shard
+from luthier.data.workers import MOST_WORKERS, encode_in_order, usable_cores
 from luthier.errors import RequestError
 
+TooLong = Literal["truncate", "drop", "split"]
 TOGETHER = 512
-"""Samples tokenised in one call, which the tokenizer spreads over all cores."""
+"""Samples tokenised in one call."""
 TEXT_TOGETHER = 4 << 20
 """Characters of plain text tokenised in one call."""
 
@@ -34,7 +36,7 @@ class Options:
 
     method: Literal["sft", "pretrain"]
     train_on: TrainOn
-    too_long: Literal["truncate", "drop", "split"]
+    too_long: TooLong
     on_bad: Literal["error", "skip"]
     max_length: int
     columns: dict[str, str] = field(default_factory=dict)
@@ -71,6 +73,41 @@ class _Sample:
     digest: int
 
 
+@dataclass(frozen=True)
+class _Broken:
+    place: Place
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What was read at a stretch, in the order of the source."""
+
+    items: list[_Sample | _Broken]
+
+    @property
+    def samples(self) -> list[_Sample]:
+        return [item for item in self.items if isinstance(item, _Sample)]
+
+    @property
+    def contents(self) -> list[Conversation | Text]:
+        return [sample.content for sample in self.samples]
+
+
+class _Noted:
+    """Takes what the reader finds broken, until its turn comes: reading runs ahead of the rest."""
+
+    def __init__(self) -> None:
+        self.items: list[_Broken] = []
+
+    def add(self, place: Place, reason: str) -> None:
+        self.items.append(_Broken(place, reason))
+
+    def take(self) -> list[_Broken]:
+        taken, self.items = self.items, []
+        return taken
+
+
 def tokenise(source: SourceConfig, tokenizer: Any, options: Options, target: Path, fingerprint: str) -> Shard:
     """Tokenise a source into the folder ``target``; raises RequestError for what cannot be read or trained on."""
     check_encoding(options.encoding)
@@ -96,12 +133,15 @@ class _Tokenising:
         self._encoded = 0
         self._written = 0
         self._format: str | None = None
-        self._plain = PlainText(tokenizer)
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._encoder = Encoder(tokenizer, options.train_on)
 
     def run(self, fingerprint: str) -> Shard:
-        for samples in _grouped(self._samples()):
-            self._encode(samples)
+        workers = min(usable_cores(), MOST_WORKERS)
+        groups = _grouped(self._items())
+        encoded = encode_in_order(groups, self._encoder, self._tokenizer, self._options.train_on, workers=workers)
+        with closing(encoded):
+            for group, results in encoded:
+                self._take(group, results)
         self._offenders.finish()
         self._counts.skipped = self._offenders.count
         self._check()
@@ -113,12 +153,14 @@ class _Tokenising:
             "counts": asdict(self._counts),
             "skipped_places": self._offenders.first,
             "untrained_places": self._untrained_places,
-            "end_of_turn": self._template.end_of_turn if self._template else None,
+            "end_of_turn": self._encoder.end_of_turn,
         }
         return self._writer.publish(facts)
 
-    def _samples(self) -> Iterator[_Sample]:
-        for record in read_records(self._source, self._options.encoding, self._offenders):
+    def _items(self) -> Iterator[_Sample | _Broken]:
+        noted = _Noted()
+        for record in read_records(self._source, self._options.encoding, noted):
+            yield from noted.take()
             try:
                 values = map_columns(record.values, self._options.columns)
                 if self._format is None:
@@ -126,14 +168,14 @@ class _Tokenising:
                     self._check_format(self._format, record.place)
                 content = convert(values, self._format, whole=record.whole)
             except SampleError as error:
-                self._offenders.add(record.place, str(error))
+                yield _Broken(record.place, str(error))
                 continue
-            self._offenders.passed()
             self._counts.read += 1
             if _is_empty(content):
                 self._counts.empty += 1
-                continue
-            yield _sample(record.place, content)
+            else:
+                yield _sample(record.place, content)
+        yield from noted.take()
 
     def _check_format(self, name: str, place: Place) -> None:
         if self._options.method == "pretrain" and name != "text":
@@ -153,23 +195,15 @@ class _Tokenising:
                 "prompt/completion form.",
             )
 
-    def _encode(self, samples: list[_Sample]) -> None:
-        encoded: Sequence[Encoded | SampleError]
-        texts = [sample.content for sample in samples if isinstance(sample.content, Text)]
-        conversations = [sample.content for sample in samples if isinstance(sample.content, Conversation)]
-        if texts:
-            encoded = self._plain.encode_texts(texts)
-        elif self._template is None and all(each.separator is not None for each in conversations):
-            encoded = self._plain.encode_pairs(conversations, self._options.train_on)
-        else:
-            if self._template is None:
-                self._template = ChatTemplate(self._tokenizer)  # raises: there is none
-            encoded = self._template.encode(conversations, self._options.train_on)
-        for sample, result in zip(samples, encoded, strict=True):
-            if isinstance(result, SampleError):
-                self._offenders.add(sample.place, str(result))
+    def _take(self, group: _Group, results: Sequence[Encoded | SampleError]) -> None:
+        answers = iter(results)
+        for item in group.items:
+            result = SampleError(item.reason) if isinstance(item, _Broken) else next(answers)
+            if isinstance(item, _Broken) or isinstance(result, SampleError):
+                self._offenders.add(item.place, str(result))
             else:
-                self._keep(sample, *result)
+                self._offenders.passed()
+                self._keep(item, *result)
 
     def _keep(self, sample: _Sample, ids: Any, mask: Any) -> None:
         self._encoded += 1
@@ -261,16 +295,21 @@ def _answers_nothing(content: Conversation | Text) -> bool:
     return bool(answers) and not any(message["content"].strip() or message.get("tool_calls") for message in answers)
 
 
-def _grouped(samples: Iterable[_Sample]) -> Iterator[list[_Sample]]:
+def _grouped(items: Iterable[_Sample | _Broken]) -> Iterator[_Group]:
     """Group samples for one call of the tokenizer, bounded in number and in text."""
-    iterator = iter(samples)
-    while group := list(islice(iterator, 1)):
-        size = _size(group[0])
-        while len(group) < TOGETHER and size < TEXT_TOGETHER and (more := next(iterator, None)) is not None:
-            group.append(more)
-            size += _size(more)
-        yield group
+    held: list[_Sample | _Broken] = []
+    size = 0
+    for item in items:
+        held.append(item)
+        size += _size(item)
+        if len(held) >= TOGETHER or size >= TEXT_TOGETHER:
+            yield _Group(held)
+            held, size = [], 0
+    if held:
+        yield _Group(held)
 
 
-def _size(sample: _Sample) -> int:
-    return len(sample.content.text) if isinstance(sample.content, Text) else len(sample.record)
+def _size(item: _Sample | _Broken) -> int:
+    if isinstance(item, _Broken):
+        return 0
+    return len(item.content.text) if isinstance(item.content, Text) else len(item.record)

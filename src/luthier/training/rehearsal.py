@@ -11,7 +11,7 @@ from torch import nn
 from luthier.artifacts.files import free_bytes, readable_size, write_file
 from luthier.checkpoint.checkpoints import Checkpoints
 from luthier.checkpoint.layout import model_layout
-from luthier.config.schema import RunConfig
+from luthier.config.schema import RunConfig, TrainConfig
 from luthier.data.tokens import Tokens
 from luthier.errors import LuthierError, RequestError
 from luthier.training.optimizers import Optimizer
@@ -66,25 +66,29 @@ def rehearse_saving(
     return size
 
 
-def rehearse_packing(model: nn.Module, tokens: Tokens, device: torch.device) -> None:
+def rehearse_packing(model: nn.Module, tokens: Tokens, train: TrainConfig, device: torch.device) -> None:
     """See that a packed sample cannot see its neighbour: change the first of two and compare the second's logits.
+
+    Two rows are tried at once where the run computes several: transformers' flash attention finds the borders between
+    samples in the position ids of a single row only.
 
     Raises:
         RequestError: it can; this model's code doesn't keep packed samples apart.
     """
     if len(tokens) < 2:
         return
+    rows = min(2, train.micro_batch)
     second = torch.from_numpy(tokens[1][0][:8].astype("int64"))
     first = torch.from_numpy(tokens[0][0][:8].astype("int64"))
     other = (first + 1) % int(max(first.max(), second.max()) + 1)
-    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(device)
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))]).expand(rows, -1).to(device)
     was_training = model.training
     model.eval()
     with torch.no_grad():
         logits = [
-            model(input_ids=torch.cat([front, second])[None].to(device), position_ids=positions, use_cache=False).logits[
-                0, len(first) :
-            ]
+            model(
+                input_ids=torch.cat([front, second]).expand(rows, -1).to(device), position_ids=positions, use_cache=False
+            ).logits[:, len(first) :]
             for front in (first, other)
         ]
     model.train(was_training)

@@ -14,6 +14,7 @@ from luthier.config import compare
 from luthier.config.read import read_resolved
 from luthier.config.schema import RunConfig
 from luthier.data.batches import DEFAULT_BATCH_SAMPLES
+from luthier.data.prepare import too_long
 from luthier.errors import RequestError
 from luthier.models.precision import resolve_precision
 from luthier.training.groups import peak_rate
@@ -33,9 +34,10 @@ def pick_device() -> torch.device:
 
 
 def before_data(config: RunConfig, base_config: Any, device: torch.device) -> RunConfig:
-    """Fill what the model and the device decide: precision, longest row, batch, rate, scale."""
+    """Fill what the model, the device and the method decide: precision, longest row, batch, rate, scale."""
     config = config.model_copy(deep=True)
     config.model.precision = resolve_precision(config.model, device)
+    config.data.too_long = too_long(config)
     text_config = base_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     train = config.train
