@@ -32,6 +32,14 @@ def test_preview_has_two_colours_on_a_terminal(tmp_path, tokenizer):
     assert "\x1b[1;32m回答" in text and "\x1b[90m<|im_start|>user" in text and "⟦" not in text
 
 
+def test_control_characters_are_pictured_and_long_lines_kept(tmp_path, tokenizer):
+    config = run_config(write_lines(tmp_path / "a.jsonl", [chat("\x1b[31mred\x07", "word " * 20)]))
+    out = io.StringIO()
+    show(prepare(config, tokenizer, say=lambda line: None), config, tokenizer, Console(file=out, width=40))
+    assert "␛[31mred␇" in out.getvalue() and "\x1b" not in out.getvalue()
+    assert "word " * 19 in out.getvalue()
+
+
 def test_character_over_several_tokens_stays_whole_at_a_border(tokenizer):
     ids = tokenizer("a龘b")["input_ids"]
     assert len(ids) > 3

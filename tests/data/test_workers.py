@@ -32,7 +32,7 @@ def helped(monkeypatch):
     monkeypatch.setattr(workers_module, "ALONE", 0)
     monkeypatch.setattr(workers_module._Pool, "ready", wait)
     monkeypatch.setattr(tokenise_module, "TOGETHER", 8)
-    monkeypatch.setattr(tokenise_module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(tokenise_module, "worker_count", lambda: 2)
 
 
 def children() -> set[int]:
@@ -110,7 +110,7 @@ from luthier.data.tokenise import Options, tokenise
 
 print("started", flush=True)
 workers.ALONE, tokenise_module.TOGETHER = 0, 8
-tokenise_module.usable_cores = lambda: 2
+tokenise_module.worker_count = lambda: 2
 folder = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 tokenise(SourceConfig(path=str(folder / "a.jsonl")), tokenizer, Options("sft", "assistant", "truncate", "error", 128), folder / "out", "x")

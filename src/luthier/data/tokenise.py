@@ -20,7 +20,7 @@ from luthier.data.offenders import SHOWN, Offenders, Place, SampleError
 from luthier.data.sources import read_records
 from luthier.data.template import Encoded, TrainOn
 from luthier.data.tokens import Shard
-from luthier.data.workers import MOST_WORKERS, encode_in_order, usable_cores
+from luthier.data.workers import encode_in_order, worker_count
 from luthier.errors import RequestError
 
 TooLong = Literal["truncate", "drop", "split"]
@@ -136,9 +136,10 @@ class _Tokenising:
         self._encoder = Encoder(tokenizer, options.train_on)
 
     def run(self, fingerprint: str) -> Shard:
-        workers = min(usable_cores(), MOST_WORKERS)
         groups = _grouped(self._items())
-        encoded = encode_in_order(groups, self._encoder, self._tokenizer, self._options.train_on, workers=workers)
+        encoded = encode_in_order(
+            groups, self._encoder, self._tokenizer, self._options.train_on, workers=worker_count()
+        )
         with closing(encoded):
             for group, results in encoded:
                 self._take(group, results)

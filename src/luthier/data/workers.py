@@ -25,6 +25,8 @@ from luthier.errors import LuthierError
 
 ALONE = 4096
 """Samples that the calling process tokenises before it starts workers: a start takes as long as a few thousand do."""
+FEWEST_CORES = 4
+"""With two, the tokenizer's own threads and the process that reads already fill them (docs/log.md, 2026-11-22)."""
 MOST_WORKERS = 16
 """Beyond that, the process that reads the data is what they would wait for."""
 AHEAD = 2
@@ -43,9 +45,10 @@ class Group(Protocol):
 G = TypeVar("G", bound=Group)
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def worker_count() -> int:
+    """Workers that are worth starting on the cores that this process may run on; 1 means none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if cores >= FEWEST_CORES else 1
 
 
 def encode_in_order(
