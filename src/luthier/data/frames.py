@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 SIZE = 8
 """Bytes of a frame's length, little-endian, in front of it."""
@@ -22,7 +22,7 @@ class Failed:
     error: Exception
 
 
-def send(stream: BinaryIO, value: Any) -> None:
+def send(stream: IO[bytes], value: Any) -> None:
     """Write one frame."""
     frame = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     stream.write(len(frame).to_bytes(SIZE, "little"))
@@ -30,12 +30,12 @@ def send(stream: BinaryIO, value: Any) -> None:
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """Read one frame; raises EOFError where the stream ends before the frame does."""
     return pickle.loads(_exactly(stream, int.from_bytes(_exactly(stream, SIZE), "little")))
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
+def _exactly(stream: IO[bytes], size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -53,7 +53,7 @@ def worker_count() -> int:
 
 def encode_in_order(
     groups: Iterable[G], encoder: Encoder, tokenizer: Any, train_on: TrainOn, *, workers: int
-) -> Iterator[tuple[G, Results]]:
+) -> Generator[tuple[G, Results], None, None]:
     """Yield every group with its results, in the order of the groups; workers help from ``ALONE`` samples on.
 
     What is raised by ``groups`` is raised once all groups before it have been yielded, as if nothing had been read
