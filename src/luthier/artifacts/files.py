@@ -135,6 +135,17 @@ def no_room(error: OSError, where: Path, needed: int | None = None) -> LuthierEr
 
 
 @contextmanager
+def full_disk_named(where: Path) -> Iterator[None]:
+    """Raise `no_room` where the block fails for want of room, whichever of its files it was writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise no_room(error, where) from None
+        raise
+
+
+@contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file while the block runs; the system lets go of it when the process ends, however it ends.
 

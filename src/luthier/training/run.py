@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts import publish
-from luthier.artifacts.files import exclusive
+from luthier.artifacts.files import exclusive, full_disk_named
 from luthier.artifacts.run_folder import Found, published
 from luthier.checkpoint.retain import newest_whole
 from luthier.config.read import parse_run
@@ -70,6 +70,7 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
     """
     run = Path(config.output)
     with ExitStack() as stack:
+        stack.enter_context(full_disk_named(run))
         config, goes_on = reconcile(config, run, allow, say)
         if config.adapter is not None:
             adapters.check(config.adapter)
