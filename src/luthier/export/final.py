@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.files import link_or_copy
@@ -51,7 +53,7 @@ def make_final(
     for name, short in names.items():
         link_or_copy(checkpoint / name, partial / short)
     found = plain_answers(partial, probe)
-    before = None if kind == "adapter" or base is None else plain_answers(base, probe).logits
+    before = None if kind == "adapter" or base is None else _answers_before(base, probe)
     proof = compare(expected, found, device=probe.device, before=before)
     (run / FAILED).unlink(missing_ok=True)
     if proof.verdict == "failed":
@@ -73,6 +75,14 @@ def make_final(
         publish.remove(target)
     publish.finish(partial, target, manifest)
     return target, proof
+
+
+def _answers_before(base: Path, probe: Probe) -> list[torch.Tensor] | None:
+    """The base's logits; None where it can't answer (it lacks the tokens that were added). That costs no proof."""
+    try:
+        return plain_answers(base, probe).logits
+    except ArtifactError:
+        return None
 
 
 def _manifest(

@@ -173,7 +173,7 @@ def compare(expected: Answers, found: Answers, *, device: str, before: list[torc
     if not difference <= bound:
         differences.append(f"logits differ by up to {difference:.3g}, more than the bound {bound:.3g}")
     reference = found.plain or before
-    effect = largest_difference(found.logits, reference) if reference and not differences else None
+    effect = _moved(found.logits, reference) if reference and not differences else None
     tokens = sum(len(x) for x in expected.logits)
     compared = f"logits of {len(expected.logits)} prompts ({tokens} tokens), chat template, tokenizer; {device}"
     if differences:
@@ -186,6 +186,15 @@ def compare(expected: Answers, found: Answers, *, device: str, before: list[torc
         return Proof("inconclusive", False, difference, bound, effect, compared, says)
     moved = "" if effect is None else f"; training moved them by up to {effect:.3g}"
     return Proof("passed", True, difference, bound, effect, compared, f"opened by plain libraries, {how}{moved}.")
+
+
+def _moved(after: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> float:
+    """How far training moved the logits of the tokens that both vocabularies have."""
+    shared = [min(left.shape[-1], right.shape[-1]) for left, right in zip(after, before, strict=True)]
+    return largest_difference(
+        [tensor[..., :count] for tensor, count in zip(after, shared)],
+        [tensor[..., :count] for tensor, count in zip(before, shared)],
+    )
 
 
 def largest_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:

@@ -61,9 +61,18 @@ def ask_live_model(parts: Parts, base: Base, state: State, prepared: Prepared) -
         base.model.gradient_checkpointing_disable()
     expected = live_answers(parts.model, base.tokenizer, probe)
     facts = {key: parts.checkpoints.facts[key] for key in ("base", "parents")} | {"versions": versions()}
-    path = base.source.path
-    before = path if path and path.is_dir() else base_folder.existing(parts.run)
+    before = _before(parts, base)
     return Trained(parts.config, parts.run, state, expected, probe, facts, before, parts.events, parts.total_steps)
+
+
+def _before(parts: Parts, base: Base) -> Path | None:
+    """The folder that training began from; a resumed full fine-tuning has opened a checkpoint of its own instead."""
+    given, opened = Path(parts.config.model.path), base.source.path
+    if (given / "config.json").is_file():
+        return given
+    if opened is not None and opened.is_dir() and not opened.resolve().is_relative_to(parts.run.resolve()):
+        return opened
+    return base_folder.existing(parts.run)
 
 
 def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
