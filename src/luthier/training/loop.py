@@ -64,6 +64,8 @@ class Loop:
         per_epoch = parts.batches.steps_per_epoch
         self._save_every = steps_of(config.checkpoint.every, per_epoch)
         self._evaluate_every = steps_of(config.evaluate.every, per_epoch)
+        if config.checkpoint.best and state.best_step > 0:
+            parts.checkpoints.protected.add(state.best_step)
         self._saved = state.step  # a resumed step is on disk already; step 0 needs no checkpoint
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
