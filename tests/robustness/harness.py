@@ -6,13 +6,17 @@ shares no state with another run and yet pays no start-up. `by_command` starts a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +41,24 @@ PRELOADED = (
     "luthier.api",
     "luthier.cli",
 )
-WORDS = "one two three order lamp red blue help late paid lost ship box morning sea violin".split()
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "order",
+    "lamp",
+    "red",
+    "blue",
+    "help",
+    "late",
+    "paid",
+    "lost",
+    "ship",
+    "box",
+    "morning",
+    "sea",
+    "violin",
+]
 VARYING = ("time", "tokens_per_second", "memory_gib")
 """What a record of metrics.jsonl says about clocks and memory."""
 
@@ -99,12 +120,23 @@ def write_data(path: Path, *, seed: int, samples: int = 48) -> None:
             file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in roles]}) + "\n")
 
 
+@dataclass(frozen=True)
+class Death:
+    """An instant to be killed at: before the ``count``-th call of ``function`` whose first argument matches."""
+
+    function: str
+    pattern: str
+    count: int = 1
+
+
 class Running:
     """A call in a process of its own that has not ended yet."""
 
-    def __init__(self, setup: Setup, arguments: Sequence[str], *, proof: bool) -> None:
+    def __init__(
+        self, setup: Setup, arguments: Sequence[str], *, proof: bool = False, death: Death | None = None
+    ) -> None:
         self._log = setup.home / f"log-{time.monotonic_ns()}.txt"
-        target = functools.partial(_call, setup.home, list(arguments), self._log, proof)
+        target = functools.partial(_call, setup.home, list(arguments), self._log, proof, death)
         self.process = _forkserver().Process(target=target)
         self.process.start()
 
@@ -212,7 +244,7 @@ def _forkserver() -> Any:
     return context
 
 
-def _call(home: Path, arguments: list[str], log: Path, proof: bool) -> None:
+def _call(home: Path, arguments: list[str], log: Path, proof: bool, death: Death | None) -> None:
     """What the forked process does."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -224,8 +256,23 @@ def _call(home: Path, arguments: list[str], log: Path, proof: bool) -> None:
     from luthier import cli
     from luthier.training import finish
 
-    if proof:
+    with contextlib.ExitStack() as stack:
+        if death is not None:
+            stack.enter_context(mock.patch(death.function, _deadly(death)))
+        if not proof:
+            # The proof starts an interpreter, which would cost more than the run; what is asked here has happened by then.
+            stack.enter_context(mock.patch.object(finish, "ask_live_model", side_effect=SystemExit(0)))
         sys.exit(cli.main(arguments))
-    # The proof starts an interpreter, which would cost more than the run; what is asked here has happened by then.
-    with mock.patch.object(finish, "ask_live_model", side_effect=SystemExit(0)):
-        sys.exit(cli.main(arguments))
+
+
+def _deadly(death: Death) -> Callable[..., Any]:
+    """The function itself, until the instant comes."""
+    function = pkgutil.resolve_name(death.function)
+    calls = itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if re.search(death.pattern, str(args[0])) and next(calls) == death.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return call
