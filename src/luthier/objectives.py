@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from luthier.data.batches import IGNORED, MicroBatch
 
@@ -70,7 +69,7 @@ def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Loss:
         # Prompt tuning puts virtual tokens in front: the row's own positions are the last ones.
         logits_BKV = logits_BKV[:, -length:][:, kept_there]
     targets_BK = following[:, kept].to(logits_BKV.device)
-    total = _summed_nll(logits_BKV.flatten(0, 1), targets_BK.flatten())
+    total = _SummedNLL.apply(logits_BKV.flatten(0, 1), targets_BK.flatten())
     return Loss(total, count, balance_loss(model, outputs))
 
 
@@ -97,18 +96,41 @@ def _can_select(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def _summed_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Sum of the negative log-likelihoods in fp32, with bounded working memory forwards and backwards."""
-    rows = max(1, SOFTMAX_BYTES // (4 * logits_NV.shape[1]))
-    if len(logits_NV) <= rows:
-        return _nll(logits_NV, targets_N)
-    pieces = [
-        # Without recomputing, each piece's probabilities would be held for the backward pass, and nothing saved.
-        checkpoint(_nll, logits, targets, use_reentrant=False, preserve_rng_state=False)
-        for logits, targets in zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
-    ]
-    return torch.stack(pieces).sum()
+class _SummedNLL(torch.autograd.Function):
+    """Sum of negative log-likelihoods in fp32, whose gradient is made while the probabilities are at hand.
+
+    Keeping fp32 probabilities for the backward pass would take twice the logits' memory, and computing them again
+    takes time; the gradient in the logits' own dtype takes as much as the logits, which autograd makes anyway.
+    Working memory is one piece of rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        rows = _rows(logits_NV)
+        total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+        gradient_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(logits_NV), rows):
+            piece = slice(start, start + rows)
+            targets_n1 = targets_N[piece].clamp(min=0).unsqueeze(1)
+            counted_n1 = (targets_N[piece] != IGNORED).unsqueeze(1)
+            log_nV = torch.log_softmax(logits_NV[piece].float(), dim=-1)
+            total -= (log_nV.gather(1, targets_n1) * counted_n1).sum()
+            if gradient_NV is not None:
+                probability_nV = log_nV.exp_()
+                probability_nV.scatter_add_(1, targets_n1, -torch.ones_like(targets_n1, dtype=torch.float32))
+                gradient_NV[piece] = probability_nV.mul_(counted_n1)
+        ctx.save_for_backward(gradient_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        for piece_nV in gradient_NV.split(_rows(gradient_NV)):
+            # in fp32: 16 bits would round the scale, which is one over the step's tokens, and all gradients with it
+            piece_nV.copy_(piece_nV.float().mul_(scale))
+        return gradient_NV, None
 
 
-def _nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+def _rows(logits_NV: Tensor) -> int:
+    """Rows whose fp32 logits are held at once."""
+    return max(1, SOFTMAX_BYTES // (4 * logits_NV.shape[1]))
