@@ -30,7 +30,7 @@ from luthier.models.source import BaseSource, find_source
 from luthier.models.template import end_of_turn, set_padding, set_template
 from luthier.models.vocabulary import add_tokens, make_rows
 
-__all__ = ["Base", "BaseSource", "open_base", "open_tokenizer", "resolve_precision"]
+__all__ = ["Base", "BaseSource", "Vocabulary", "open_base", "open_tokenizer", "open_vocabulary", "resolve_precision"]
 
 
 @dataclass
@@ -55,8 +55,25 @@ class Base:
     notes: list[str] = field(default_factory=list)
 
 
-def open_base(model: ModelConfig, *, device: str | torch.device = "cpu") -> Base:
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer with the run's template and new tokens.
+
+    Attributes:
+        new_token_ids: ids of the tokens that were added.
+        notes: what was decided on the way and the user should know.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    new_token_ids: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def open_base(model: ModelConfig, *, device: str | torch.device = "cpu", vocabulary: Vocabulary | None = None) -> Base:
     """Opens a base model on `device`, in its precision, with its tokenizer; the same in evaluation mode every time.
+
+    Args:
+        vocabulary: what `open_vocabulary` gave for the same `model`, where that was needed before the weights.
 
     Raises:
         RequestError: there is no such model, it needs code of its own, is quantised, or a setting does not fit it.
@@ -66,7 +83,8 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu") -> Base
         check_attention(model.attention)
     found = _find(model)
     config = _config(model, found)
-    tokenizer, ids, notes = _tokenizer(model, found)
+    vocabulary = vocabulary or _vocabulary(model, found)
+    tokenizer, ids = vocabulary.tokenizer, vocabulary.new_token_ids
     if model.dropout is not None:
         set_dropout(config, model.dropout)
     options: dict[str, Any] = {"device_map": {"": torch.device(device)}}
@@ -81,12 +99,17 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu") -> Base
     loaded.config.dtype = dtype
     grown = make_rows(loaded, ids)
     _set_generation(loaded, tokenizer)
-    return Base(loaded, tokenizer, found.source, ids, grown or found.source.kind == "gguf", notes)
+    return Base(loaded, tokenizer, found.source, ids, grown or found.source.kind == "gguf", list(vocabulary.notes))
 
 
 def open_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Opens a base's tokenizer with the run's template and new tokens applied; no weights are read."""
-    return _tokenizer(model, _find(model, weights=False))[0]
+    return open_vocabulary(model).tokenizer
+
+
+def open_vocabulary(model: ModelConfig) -> Vocabulary:
+    """Opens a base's tokenizer as `open_tokenizer` does, with what `open_base` needs to know of it."""
+    return _vocabulary(model, _find(model, weights=False))
 
 
 def open_config(model: ModelConfig) -> PreTrainedConfig:
@@ -127,7 +150,7 @@ def _config(model: ModelConfig, found: _Found) -> PreTrainedConfig:
     )
 
 
-def _tokenizer(model: ModelConfig, found: _Found) -> tuple[PreTrainedTokenizerBase, tuple[int, ...], list[str]]:
+def _vocabulary(model: ModelConfig, found: _Found) -> Vocabulary:
     notes: list[str] = []
     if found.header is not None:
         tokenizer, notes = open_gguf_tokenizer(found.source, found.header)
@@ -140,7 +163,7 @@ def _tokenizer(model: ModelConfig, found: _Found) -> tuple[PreTrainedTokenizerBa
     if model.template is not None:
         set_template(tokenizer, model.template)
     padding = set_padding(tokenizer)
-    return tokenizer, ids, [*notes, *([padding] if padding else [])]
+    return Vocabulary(tokenizer, ids, (*notes, *([padding] if padding else [])))
 
 
 def _load_tokenizer(model: ModelConfig, source: BaseSource) -> PreTrainedTokenizerBase:

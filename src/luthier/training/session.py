@@ -22,13 +22,13 @@ from luthier.data.prepare import Prepared, prepare
 from luthier.errors import RequestError
 from luthier.models import adapters
 from luthier.models.memory import recompute
-from luthier.models.open import Base, open_base, open_config, open_tokenizer
+from luthier.models.open import Base, Vocabulary, open_base, open_config, open_vocabulary
 from luthier.report.metrics import MetricsLog
 from luthier.training import base_folder, numerics, optimizers, schedule
 from luthier.training.events import Events
 from luthier.training.loop import Parts
 from luthier.training.measure import Measurer
-from luthier.training.rehearsal import rehearse_packing, rehearse_saving
+from luthier.training.rehearsal import rehearse_packing, rehearse_saving, rehearse_vocabulary
 from luthier.training.resolve import after_data, before_data
 from luthier.training.state import seed_of
 
@@ -44,11 +44,13 @@ class Session:
         self.config, self.run, self.device, self.start, self.allow, self.say = config, run, device, start, allow, say
         self.extra: dict[str, Any] = read_state(start.path)["extra"] if start else {}
         self.notes: list[str] = []
+        self._vocabulary: Vocabulary | None = None
 
     def data(self) -> tuple[Prepared, Batches, int]:
         """Everything that can be wrong with the request is found here, before weights are read."""
         self.config = before_data(self.config, open_config(self._model_config()), self.device)
-        tokenizer = open_tokenizer(self._model_config())
+        self._vocabulary = open_vocabulary(self._model_config())
+        tokenizer = self._vocabulary.tokenizer
         prepared = prepare(self.config, tokenizer, say=self.notes.append)
         batches = Batches(prepared.train, self.config.train, pad_id=tokenizer.pad_token_id)
         self.config, total = after_data(self.config, batches.steps_per_epoch, has_held_out=prepared.eval is not None)
@@ -88,7 +90,7 @@ class Session:
         return config if own is None else config.model_copy(update={"path": str(own), "revision": None})
 
     def model(self) -> tuple[Base, nn.Module]:
-        base = open_base(self._model_config(), device=self.device)
+        base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
         own = base_folder.existing(self.run)
         if own is not None and self.config.adapter is not None:
             base.new_token_ids = tuple(manifests.read(own).facts["new_token_ids"])
@@ -126,6 +128,7 @@ class Session:
             metadata={"luthier.base": identity["fingerprint"]} if config.adapter else {}, say=self.say,
         )  # fmt: skip
         size = rehearse_saving(config, self.run, model, optimizer, checkpoints)
+        rehearse_vocabulary(base.model, prepared.train, len(base.tokenizer))
         if config.train.packing:
             rehearse_packing(model, prepared.train, config.train, self.device)
         log = MetricsLog(self.run / "metrics.jsonl")
