@@ -192,7 +192,7 @@ def _data(options: Namespace) -> int:
     config = before_data(config, open_config(config.model), pick_device())
     tokenizer = open_tokenizer(config.model)
     console = Console()
-    show(prepare(config, tokenizer, say=lambda text: None), config, tokenizer, console, samples=options.samples)
+    show(prepare(config, tokenizer, say=_say_progress), config, tokenizer, console, samples=options.samples)
     return 0
 
 
@@ -264,6 +264,11 @@ def _demo(options: Namespace) -> int:
     from luthier.demo.run import run_demo
 
     return run_demo(Path(options.output), print)
+
+
+def _say_progress(text: str) -> None:
+    """What is going on goes to standard error, so that a verb's own output can be piped."""
+    print(text, file=sys.stderr)
 
 
 def _print_json(value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,28 @@ def rehearse_saving(
             remedy="Make room, set `output` to another disk, or lower checkpoint.keep.",
         )
     return size
+
+
+def rehearse_vocabulary(model: Any, tokens: Tokens, vocabulary: int) -> None:
+    """See that every token id has a row in the embedding; a GPU would answer a missing one with a device assertion.
+
+    Args:
+        vocabulary: the tokenizer's size; where the embedding has a row for each of its ids nothing need be read.
+
+    Raises:
+        RequestError: the data holds an id beyond the embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary <= rows:
+        return
+    largest = max(int(tokens[index][0].max()) for index in range(len(tokens)))
+    if largest >= rows:
+        raise RequestError(
+            f"the tokenizer gives ids up to {largest} and the model has embeddings for {rows} tokens: it is another model's tokenizer.",
+            code="vocabulary",
+            where="model.path",
+            remedy="Put the tokenizer that belongs to this model into its folder, or add tokens with model.new_tokens.",
+        )
 
 
 def rehearse_packing(model: nn.Module, tokens: Tokens, train: TrainConfig, device: torch.device) -> None:
