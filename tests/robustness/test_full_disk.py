@@ -25,7 +25,7 @@ def fill(event):
         with open(Path(event.run).parent / "filler", "wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - {left})
     else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({left}, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max({left}, 2**16), resource.RLIM_INFINITY))
 '''
 
 
