@@ -19,6 +19,9 @@ from luthier.data.batches import IGNORED, MicroBatch
 SOFTMAX_BYTES = 256 * 2**20
 """Largest piece of fp32 logits that is turned into probabilities at once."""
 
+MOST_POSITIONS = 0.9
+"""Share of a row's positions from which on all are computed: picking positions costs a scattered sum backwards."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -54,8 +57,8 @@ def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Loss:
         kept = kept.new_zeros(1)
 
     device = next(model.parameters()).device
-    kept_there = kept.to(device)
-    select = {"logits_to_keep": kept_there} if kept.numel() < length and _can_select(model) else {}
+    few = kept.numel() < MOST_POSITIONS * length
+    select = {"logits_to_keep": kept.to(device)} if few and _can_select(model) else {}
     mask = micro_batch.attention_mask
     outputs = model(
         input_ids=micro_batch.input_ids.to(device),
@@ -67,8 +70,10 @@ def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Loss:
     logits_BKV = outputs.logits
     if not select:
         # Prompt tuning puts virtual tokens in front: the row's own positions are the last ones.
-        logits_BKV = logits_BKV[:, -length:][:, kept_there]
-    targets_BK = following[:, kept].to(logits_BKV.device)
+        logits_BKV = logits_BKV[:, -length:]
+        if few:
+            logits_BKV = logits_BKV[:, kept.to(device)]
+    targets_BK = (following[:, kept] if few else following).to(logits_BKV.device)
     total = _SummedNLL.apply(logits_BKV.flatten(0, 1), targets_BK.flatten())
     return Loss(total, count, balance_loss(model, outputs))
 

@@ -150,7 +150,7 @@ class Loop:
         parts = self.parts
         torch.manual_seed(seed_of(parts.config.train.seed, "dropout", self.state.step, position))
         with self._autocast():
-            loss = causal_loss(parts.model, on_device(micro_batch, parts.device))
+            loss = causal_loss(parts.model, micro_batch)
         share = loss.sum / batch.trained_tokens
         if loss.extra is not None:
             share = share + loss.extra / len(batch.micro_batches)
@@ -269,18 +269,6 @@ class Loop:
         """Compute in the base's 16-bit dtype where adapter weights are held in fp32 beside it."""
         mixed = self._dtype in (torch.bfloat16, torch.float16) and self.parts.config.adapter is not None
         return torch.autocast(self.parts.device.type, self._dtype) if mixed else nullcontext()
-
-
-def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on a device."""
-    if device.type == "cpu":
-        return batch
-    moved = {
-        name: value.to(device, non_blocking=True)
-        for name in ("input_ids", "labels", "position_ids", "attention_mask")
-        if (value := getattr(batch, name)) is not None
-    }
-    return replace(batch, **moved)
 
 
 def steps_of(interval: int | str | None, per_epoch: int) -> int:
