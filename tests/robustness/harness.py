@@ -153,7 +153,7 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 240) -> None:
         """Wait for something that the process does; it must not end before."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -161,7 +161,7 @@ class Running:
             assert time.monotonic() < deadline, f"waited in vain: {self.text}"
             time.sleep(0.002)
 
-    def end(self, *, seconds: float = 90) -> Done:
+    def end(self, *, seconds: float = 240) -> Done:
         """Wait for the end of the process."""
         self.process.join(seconds)
         if self.process.is_alive():
@@ -191,6 +191,17 @@ def by_command(setup: Setup, *arguments: str) -> Done:
     command = [sys.executable, "-m", "luthier", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=setup.home, timeout=120)
     return Done(done.returncode, done.stdout + done.stderr)
+
+
+def in_a_process(home: Path, function: str, *arguments: str) -> None:
+    """Call ``module:function`` of a file in ``home`` in a forked process; it must end well."""
+    log = home / f"log-{time.monotonic_ns()}.txt"
+    process = _forkserver().Process(target=_call_function, args=(home, function, arguments, log))
+    process.start()
+    process.join(200)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0, log.read_text()
 
 
 def cut_back(run: Path, step: int, target: Path) -> Path:
@@ -244,8 +255,13 @@ def _forkserver() -> Any:
     return context
 
 
-def _call(home: Path, arguments: list[str], log: Path, proof: bool, death: Death | None) -> None:
-    """What the forked process does."""
+def _call_function(home: Path, function: str, arguments: Sequence[str], log: Path) -> None:
+    _settle(home, log)
+    pkgutil.resolve_name(function)(*arguments)
+
+
+def _settle(home: Path, log: Path) -> None:
+    """Write to the log, keep caches in the home, import from there."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -253,6 +269,11 @@ def _call(home: Path, arguments: list[str], log: Path, proof: bool, death: Death
     os.environ["XDG_CACHE_HOME"] = str(home / "cache")
     os.chdir(home)
     sys.path.insert(0, str(home))
+
+
+def _call(home: Path, arguments: list[str], log: Path, proof: bool, death: Death | None) -> None:
+    """What the forked process does."""
+    _settle(home, log)
     from luthier import cli
     from luthier.training import finish
 
