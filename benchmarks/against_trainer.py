@@ -173,7 +173,13 @@ def run_trainer(job: Job, environment: dict[str, str]) -> tuple[Measured, dict[s
 
 def whole(job: Job, repeats: int, environment: dict[str, str]) -> list[str]:
     """Whole processes in turns; the first pair warms files and caches and is left out."""
-    pairs = [(run_ours(job, environment), run_trainer(job, environment)) for _ in range(repeats + 1)][1:]
+    pairs = []
+    for number in range(repeats + 1):
+        pairs.append((run_ours(job, environment), run_trainer(job, environment)))
+        (a, noted), (b, _) = pairs[-1]
+        shown = f"{a.wall:.1f} s wall, {noted['proof']:.1f} s of it proof, {a.cpu:.1f} s processor; {b.wall:.1f} s, {b.cpu:.1f} s"
+        print(f"pair {number}: {shown}", file=sys.stderr, flush=True)
+    pairs = pairs[1:]
     (_, ours), (_, theirs) = pairs[0]
     assert abs(ours["losses"][0] - theirs["losses"][0]) < 1e-3, "the sides do not compute the same first step"
     lines = ["| | luthier | Trainer | ratio (median of pairs) |", "| --- | --- | --- | --- |"]
