@@ -264,7 +264,7 @@ def prove(path: str | os.PathLike[str], against: str | os.PathLike[str]) -> Proo
     """Open two artefacts with plain libraries, each in a process of its own, and compare their logits."""
     from transformers import AutoTokenizer
 
-    folders = [_weights_folder(locate(each)) for each in (path, against)]
+    folders = [_weights_folder(locate(each)).resolve() for each in (path, against)]
     tokenizer = AutoTokenizer.from_pretrained(folders[1], local_files_only=True)
     device = str(pick_device())
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(artifacts.identify(folders[1]).precision or "", "float32")

@@ -73,9 +73,11 @@ def _unknown_verb(verb: str) -> int:
 
 def _guarded(verb: str, given: list[str]) -> int:
     """Run a verb and turn errors into one paragraph and an exit code."""
-    from luthier.errors import LuthierError
+    import os
 
-    options = _parser(verb).parse_args(given)
+    from luthier.errors import EXIT_FAILURE, LuthierError
+
+    options = _parser(verb).parse_intermixed_args(given)
     try:
         return _RUN[verb](options) or 0
     except LuthierError as error:
@@ -85,7 +87,8 @@ def _guarded(verb: str, given: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         _say_error("interrupted; published checkpoints are whole.")
-        return 130
+        sys.stdout.flush()
+        os._exit(EXIT_FAILURE)  # at once: a save in flight is left as the hidden folder that the next start removes
     except BrokenPipeError:  # `luthier … | head`
         sys.stderr.close()
         return 0
@@ -200,7 +203,7 @@ def _inspect(options: Namespace) -> int:
     from luthier.artifacts.identify import identify
     from luthier.artifacts.show import show
 
-    found = identify(options.path)
+    found = identify(_meant(options.path))
     _print_json(found.as_dict()) if options.json else print(show(found))
     return 0
 
@@ -208,7 +211,7 @@ def _inspect(options: Namespace) -> int:
 def _verify(options: Namespace) -> int:
     from luthier.artifacts.verify import verify_all
 
-    outcome = verify_all(options.path)
+    outcome = verify_all(_meant(options.path))
     _print_json(outcome.as_dict()) if options.json else print(outcome)
     return 0 if outcome.whole else 3
 
@@ -264,6 +267,15 @@ def _demo(options: Namespace) -> int:
     from luthier.demo.run import run_demo
 
     return run_demo(Path(options.output), print)
+
+
+def _meant(path: str) -> str:
+    """The folder that RUN@best or RUN@newest means; any other path as it is."""
+    if not path.endswith(("@best", "@newest", "@final")):
+        return path
+    from luthier.api import locate
+
+    return str(locate(path).path)
 
 
 def _say_progress(text: str) -> None:

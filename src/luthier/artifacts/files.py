@@ -60,6 +60,11 @@ def allocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
+def open_binary(path: Path, flags: int) -> int:
+    """``os.open`` for bytes: Windows would translate line ends otherwise."""
+    return os.open(path, flags | getattr(os, "O_BINARY", 0))
+
+
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset``; a short write goes on."""
     if not hasattr(os, "pwrite"):
@@ -161,9 +166,12 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
             else:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+                yield  # this file system has no locks
+                return
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 raise
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "another process"
+            holder = _holder(descriptor)
             raise RequestError(
                 f"{what} is in use by process {holder}.",
                 code="locked",
@@ -175,6 +183,13 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 32).decode(errors="replace").strip() or "another process"
+    except PermissionError:  # Windows lets nobody read what is locked
+        return "another process"
 
 
 def inside(folder: Path, name: str) -> Path:

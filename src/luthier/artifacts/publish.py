@@ -58,5 +58,5 @@ def sweep(parent: Path) -> list[str]:
     """Remove what interrupted writes and deletions left in ``parent``; the caller holds the run's lock."""
     leftovers = sorted(parent.glob(f"{MARK}*")) if parent.is_dir() else []
     for path in leftovers:
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [path.name.removeprefix(MARK) for path in leftovers]

@@ -8,6 +8,7 @@ following steps. Two saves are never in flight.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from luthier.checkpoint.layout import Layout, is_adapter, model_layout, plain_la
 from luthier.checkpoint.ranks import Ranks
 from luthier.checkpoint.read import places_in, read_tensors
 from luthier.checkpoint.retain import delete, may_go, newest_whole
-from luthier.checkpoint.shards import HostBuffers, Shard
+from luthier.checkpoint.shards import HostBuffers, Shard, forms_of
 from luthier.checkpoint.small_files import small_files
 from luthier.checkpoint.write import Part, plan_part, write_parts
 from luthier.errors import ArtifactError, LuthierError
@@ -116,8 +117,8 @@ class Checkpoints:
         Raises:
             LuthierError: the previous save failed (a full disk), or a checkpoint of this step exists.
         """
-        self.wait()
         begun = time.perf_counter()
+        self.wait()
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
@@ -130,7 +131,7 @@ class Checkpoints:
         small[STATE] = json.dumps(state, indent=1).encode() + b"\n"
         facts = {"step": step, "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **self.facts, "versions": versions()}
         arguments = (step, parts, shards, small, facts, model, begun, stall)
-        flight = _Flight(step, threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True))
+        flight = _Flight(step, threading.Thread(target=self._run, args=arguments, name=f"save-{step}"))
         self._flight = flight
         flight.thread.start()
         return stall
@@ -139,12 +140,13 @@ class Checkpoints:
         """Begin to allocate the host memory of snapshots, beside the first steps."""
         state = training_state.collect(model, optimizer)
         tensors = {"weights": saved_state(model, self._prepare(model).weights), **state}
-        for stem in tensors:
+        forms = {stem: forms_of(values, self._ranks) for stem, values in tensors.items()}
+        for stem in forms:
             self._buffers.setdefault(stem, HostBuffers())
 
         def work() -> None:
-            for stem, values in tensors.items():
-                self._buffers[stem].reserve(values, self._ranks)
+            for stem, wanted in forms.items():
+                self._buffers[stem].reserve(wanted)
 
         self._reserving = threading.Thread(target=work, name="reserve", daemon=True)
         self._reserving.start()
@@ -166,6 +168,14 @@ class Checkpoints:
         self._flight = None
         if flight.failure is not None:
             raise flight.failure
+        if flight.saved is not None:
+            self._done.append(flight.saved)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
 
     def finished(self) -> list[Saved]:
         """The saves that were published and read back since the last call; never waits.
@@ -253,7 +263,8 @@ class Checkpoints:
         self, prepared: _Prepared, model: nn.Module, state: Mapping[str, Mapping[str, torch.Tensor]]
     ) -> list[Part]:
         folder, stem = _weights_name(model)
-        parts = [plan_part(folder, stem, prepared.weights, self._metadata)]
+        whole = {"shard_bytes": sys.maxsize} if folder == "adapter" else {}  # peft opens no sharded adapter
+        parts = [plan_part(folder, stem, prepared.weights, self._metadata, **whole)]
         return parts + [
             plan_part("trainer", stem, plain_layout(tensors), {"format": "pt"}) for stem, tensors in state.items()
         ]
@@ -290,7 +301,7 @@ class Checkpoints:
             manifest = self._write(target, parts, shards, small, facts, model)
             seconds = time.perf_counter() - begun
             problems = self._read_back(step, target) if self._ranks.rank == 0 else []
-            self._done.append(Saved(step, target, manifest.size, stall, seconds, tuple(problems)))
+            flight.saved = Saved(step, target, manifest.size, stall, seconds, tuple(problems))
         except Exception as error:  # handed to the training thread by wait()
             flight.failure = error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from luthier.artifacts.files import open_binary
 from luthier.artifacts.tensorfile import BITS, Place, read_header, read_into
 from luthier.checkpoint.layout import FROM_FILE, Layout
 from luthier.checkpoint.shards import stretch_of
@@ -94,7 +95,7 @@ def read_tensors(
                     path, place = places[item.spec.name]
                     descriptor = descriptors.setdefault(path, -1)
                     if descriptor < 0:
-                        descriptor = descriptors[path] = os.open(path, os.O_RDONLY)
+                        descriptor = descriptors[path] = open_binary(path, os.O_RDONLY)
                     assert item.runs is not None
                     for at, file, count in item.runs.within(start, local.numel()):
                         target = view[at * width : (at + count) * width]

@@ -61,6 +61,25 @@ def writes(tensor: torch.Tensor, ranks: Ranks) -> bool:
     return coordinate is not None and all(coordinate[i] == 0 for i in replicas)
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a buffer must look like to take a copy of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    pinned: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Form:
+        return cls(tensor.shape, tensor.dtype, tensor.device.type == "cuda")
+
+
+def forms_of(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, Form]:
+    """The forms of what this process will copy; holds on to none of the tensors."""
+    found = {name: stretch_of(tensor) for name, tensor in tensors.items() if writes(tensor, ranks)}
+    return {name: Form.of(stretch[0]) for name, stretch in found.items() if stretch and stretch[0].numel()}
+
+
 class HostBuffers:
     """Host memory for snapshots, allocated once and reused: a training run saves the same tensors again and again."""
 
@@ -83,7 +102,7 @@ class HostBuffers:
             local, start = stretch_of(tensor) or (tensor, 0)
             if local.numel() == 0 or not writes(tensor, ranks):
                 continue
-            buffer = self._buffer(name, local)
+            buffer = self._buffer(name, Form.of(local))
             buffer.copy_(local, non_blocking=True)
             if local.device.type != "cpu":
                 devices.add(local.device)
@@ -92,16 +111,14 @@ class HostBuffers:
             torch.accelerator.synchronize(device)
         return shards
 
-    def reserve(self, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
-        """Allocate what `snapshot` will copy these tensors into; pinning tens of GiB takes seconds, copying doesn't."""
-        for name, tensor in tensors.items():
-            found = stretch_of(tensor)
-            if found is not None and found[0].numel() and writes(tensor, ranks):
-                self._buffer(name, found[0])
+    def reserve(self, forms: Mapping[str, Form]) -> None:
+        """Allocate what `snapshot` will copy into; pinning tens of GiB takes seconds, copying doesn't."""
+        for name, form in forms.items():
+            self._buffer(name, form)
 
-    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def _buffer(self, name: str, form: Form) -> torch.Tensor:
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.device.type == "cuda")
+        if buffer is None or buffer.shape != form.shape or buffer.dtype != form.dtype:
+            buffer = torch.empty(form.shape, dtype=form.dtype, device="cpu", pin_memory=form.pinned)
             self._buffers[name] = buffer
         return buffer

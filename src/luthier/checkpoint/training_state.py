@@ -14,7 +14,7 @@ from torch import nn
 
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.checkpoint.layout import FROM_FILE
-from luthier.errors import ArtifactError
+from luthier.errors import ArtifactError, RequestError
 
 MARK = "::"
 
@@ -38,6 +38,8 @@ def collect(model: nn.Module, optimizer: Any | None) -> dict[str, dict[str, torc
         parts = {"optimizer": optimizer.state_tensors(), "masters": optimizer.master_tensors()}
         return {stem: tensors for stem, tensors in parts.items() if tensors}
     names = _names(model)
+    for state in optimizer.state.values():
+        _refuse(type(optimizer).__name__, {k: v for k, v in state.items() if not isinstance(v, torch.Tensor | int | float)})
     tensors = {
         f"{names[id(parameter)]}{MARK}{key}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
         for parameter, state in optimizer.state.items()
@@ -48,17 +50,29 @@ def collect(model: nn.Module, optimizer: Any | None) -> dict[str, dict[str, torc
 
 
 def groups_of(optimizer: Any | None) -> list[dict[str, Any]]:
-    """The settings of a plain torch optimiser's groups that JSON can hold; rates that a user's schedule changed are among them."""
+    """The settings of a plain torch optimiser's groups; rates that a user's schedule changed are among them.
+
+    Raises:
+        RequestError: one of them is nothing that JSON can hold.
+    """
     if optimizer is None or isinstance(optimizer, NamedState):
         return []
-    return [
-        {
-            k: v
-            for k, v in group.items()
-            if k != "params" and isinstance(v, int | float | bool | str | list | tuple | None)
-        }
-        for group in optimizer.param_groups
-    ]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    plain = int | float | bool | str | list | tuple | None
+    for group in groups:
+        _refuse(type(optimizer).__name__, {key: value for key, value in group.items() if not isinstance(value, plain)})
+    return groups
+
+
+def _refuse(optimizer: str, odd: Mapping[str, Any]) -> None:
+    if odd:
+        key, value = next(iter(odd.items()))
+        raise RequestError(
+            f"{optimizer} keeps {key} as a {type(value).__name__}, which a checkpoint cannot hold without pickle.",
+            code="optimizer-state",
+            where="optimizer",
+            remedy="Use an optimiser whose states are tensors and numbers, and whose settings are plain values.",
+        )
 
 
 def targets(model: nn.Module, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
@@ -95,7 +109,8 @@ def load(
             remedy="Build the optimiser as it was when the checkpoint was saved.",
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in parts.get("optimizer", {}).items():
         parameter_name, _, key = name.partition(MARK)
         parameter = by_name.get(parameter_name)
@@ -106,11 +121,13 @@ def load(
                 where="optimizer",
                 remedy="Make the same parameters trainable as when the checkpoint was saved.",
             )
-        state.setdefault(parameter, {})[key] = tensor
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    for group, saved in zip(optimizer.param_groups, groups):
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        state.setdefault(numbers[id(parameter)], {})[key] = tensor
+    packed = [
+        {**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()},
+         "params": [numbers[id(parameter)] for parameter in group["params"]]}
+        for group, saved in zip(optimizer.param_groups, groups)
+    ]  # fmt: skip
+    optimizer.load_state_dict({"state": state, "param_groups": packed})  # torch knows where each state belongs
 
 
 def _names(model: nn.Module) -> dict[int, str]:

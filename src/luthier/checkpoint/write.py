@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.artifacts.files import NO_ROOM, allocate, flush_file, no_room, write_at
+from luthier.artifacts.files import NO_ROOM, allocate, flush_file, no_room, open_binary, write_at
 from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, plan_files
 from luthier.checkpoint.layout import Layout, Stored, to_files
@@ -115,7 +115,7 @@ def _write_part(
     counts: dict[str, int] = {}
     digests: list[Digest] = []
     for file in part.files:
-        descriptor = os.open(target / part.path(file.name), os.O_RDWR)
+        descriptor = open_binary(target / part.path(file.name), os.O_RDWR)
         try:
             for place in file.places:
                 pieces = list(_pieces(stored[place.spec.name], shards, converted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts.files import link_or_copy
+from luthier.artifacts.files import link_or_copy, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_file, stretches
 from luthier.artifacts.tensorfile import Place
 from luthier.errors import ArtifactError
@@ -51,7 +50,7 @@ def make_final(
         shutil.rmtree(partial)
     names = {name: name.removeprefix(f"{kind}/") for name in source.files if name.startswith(f"{kind}/")}
     for name, short in names.items():
-        link_or_copy(checkpoint / name, partial / short)
+        _place(checkpoint / name, partial / short)
     found = plain_answers(partial, probe)
     before = None if kind == "adapter" or base is None else _answers_before(base, probe)
     proof = compare(expected, found, device=probe.device, before=before)
@@ -65,16 +64,21 @@ def make_final(
             where=str(run / FAILED),
             remedy=f"The checkpoints are kept; {checkpoint} holds what was trained.",
         )
-    (partial / "proof.json").write_bytes(proof.to_bytes())
-    (partial / "README.md").write_text(card(partial, kind), encoding="utf-8")
+    write_file(partial / "proof.json", proof.to_bytes())
+    write_file(partial / "README.md", card(partial, kind).encode())
     manifest = _manifest(partial, kind, source, names, facts)
-    for name in ("proof.json", "README.md"):
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
     if target.exists():  # a run that was continued: the old result goes when the new one is proven
         publish.remove(target)
     publish.finish(partial, target, manifest)
     return target, proof
+
+
+def _place(source: Path, target: Path) -> None:
+    """Weights share their bytes with the checkpoint; small files are copies, so that editing one leaves the other whole."""
+    if source.suffix == ".safetensors":
+        link_or_copy(source, target)
+    else:
+        write_file(target, source.read_bytes())
 
 
 def _answers_before(base: Path, probe: Probe) -> list[torch.Tensor] | None:
@@ -88,9 +92,23 @@ def _answers_before(base: Path, probe: Probe) -> list[torch.Tensor] | None:
 def _manifest(
     partial: Path, kind: str, source: Manifest, names: Mapping[str, str], facts: Mapping[str, Any]
 ) -> Manifest:
-    """The final folder's manifest; digests of linked files are the checkpoint's, which were read back already."""
+    """The final folder's manifest; its files must still have the digests they were saved with.
+
+    Raises:
+        ArtifactError: one reads back differently.
+    """
     digests = [Digest(names[d.file], d.offset, d.length, d.blake3) for d in source.digests if d.file in names]
     files = {short: source.files[name] for name, short in names.items()}
+    for short in files:
+        wanted = [digest for digest in digests if digest.file == short]
+        for digest, found in zip(wanted, digest_file(partial / short, short, [(d.offset, d.length) for d in wanted]), strict=True):  # fmt: skip
+            if digest != found:
+                raise ArtifactError(
+                    f"{short} reads back differently from what was saved (bytes {digest.offset} to {digest.offset + digest.length}).",
+                    code="bytes-changed",
+                    where=str(partial.parent),
+                    remedy="Check the disk; older checkpoints are kept, and `luthier verify` says which of them are whole.",
+                )
     for name in ("proof.json", "README.md"):
         size = (partial / name).stat().st_size
         files[name] = size

@@ -27,6 +27,7 @@ PROBE_TOKENS = 48
 MARGIN = 10
 MESSAGES: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "What did you learn? 你学到了什么？"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ü?"}],
     [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "  C\n"}],
 ]
 TEXTS = ["The quick brown fox — 12,345.67 €", "  indented\n\ttabs", "你好，世界 👋🏽", '{"key": [1, 2.5, null]}']
@@ -181,6 +182,9 @@ def compare(expected: Answers, found: Answers, *, device: str, before: list[torc
             "failed", False, difference, bound, effect, compared, "; ".join(differences) + ".", tuple(differences)
         )
     how = "equal bits" if difference == 0 else f"equal within {bound:.3g}, the noise of repeating the computation"
+    if effect is None and bound > 0:
+        says = f"{how}, but what training changed could not be measured against that bound."
+        return Proof("inconclusive", False, difference, bound, effect, compared, says)
     if effect is not None and (effect == 0 or effect < MARGIN * bound):
         says = f"{how}, but training changed these logits by only {effect:.3g}, so this would not tell the trained model from its base."
         return Proof("inconclusive", False, difference, bound, effect, compared, says)

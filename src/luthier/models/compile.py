@@ -27,3 +27,9 @@ def by_layer(model: nn.Module) -> int:
     for layer in layers:
         layer.compile()
     return len(layers)
+
+
+def undo(model: nn.Module) -> None:
+    """Let every module run its plain forward again."""
+    for module in model.modules():
+        module._compiled_call_impl = None

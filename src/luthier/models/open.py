@@ -168,7 +168,7 @@ def _vocabulary(model: ModelConfig, found: _Found) -> Vocabulary:
 
 def _load_tokenizer(model: ModelConfig, source: BaseSource) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             _address(source), revision=_revision(source), trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -187,6 +187,9 @@ def _load_tokenizer(model: ModelConfig, source: BaseSource) -> PreTrainedTokeniz
             where=source.name,
             remedy="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
         ) from error
+    for name in ("is_local", "local_files_only"):  # how it was found would be saved with it
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
 
 
 def _load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def write_folder(folder: Path, model: Any, tokenizer: Any, *, kind: str, facts: 
         )  # fmt: skip
         publish.finish(partial, folder, manifest)
     finally:
-        publish.sweep(folder.parent)
+        if partial.exists():
+            shutil.rmtree(partial)
 
 
 def write_base(run: Path, base: Base) -> Path:

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from luthier.artifacts import manifest as manifests
 from luthier.artifacts.run_folder import Found, folder_of, published
-from luthier.checkpoint.checkpoints import versions
+from luthier.checkpoint.checkpoints import Checkpoints, versions
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import LuthierError
 from luthier.export.final import make_final
 from luthier.export.prove import Answers, Probe, Proof, live_answers, make_probe
+from luthier.models.compile import undo
 from luthier.models.open import Base
 from luthier.report.card import model_card
 from luthier.report.metrics import read_metrics
@@ -57,10 +59,13 @@ def ask_live_model(parts: Parts, base: Base, state: State, prepared: Prepared) -
         deterministic=parts.config.train.deterministic,
         trust_remote_code=parts.config.model.trust_remote_code,
     )
+    if parts.config.train.compile:
+        undo(base.model)
     if parts.config.train.memory == "recompute":
         base.model.gradient_checkpointing_disable()
     expected = live_answers(parts.model, base.tokenizer, probe)
     facts = {key: parts.checkpoints.facts[key] for key in ("base", "parents")} | {"versions": versions()}
+    facts["total_steps"] = parts.total_steps
     before = _before(parts, base)
     return Trained(parts.config, parts.run, state, expected, probe, facts, before, parts.events, parts.total_steps)
 
@@ -103,6 +108,23 @@ def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
     trained.events.emit(Event("end", step, trained.total_steps, run, {}, final))
     _closing(trained, final, say)
     return final, proof
+
+
+def is_finished(run: Path, step: int, total: int) -> bool:
+    """Whether the final folder is whole, proven, and the result of this step of a run of this length."""
+    final = run / "final"
+    if not (final / "proof.json").is_file():
+        return False
+    manifest, problems = manifests.check_whole(final)
+    return manifest is not None and not problems and manifest.facts.get("step") == step and manifest.facts.get("total_steps") == total  # fmt: skip
+
+
+def settle(checkpoints: Checkpoints, say: Say) -> None:
+    """Let a save in flight be published before an error ends the run; its own failure is only said."""
+    try:
+        checkpoints.wait()
+    except (LuthierError, OSError) as error:
+        say(f"the last checkpoint could not be written: {error}")
 
 
 def write_page(run: Path, say: Say) -> None:

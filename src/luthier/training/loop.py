@@ -21,7 +21,7 @@ from luthier.artifacts.files import readable_size
 from luthier.checkpoint.checkpoints import Checkpoints, Saved
 from luthier.config.schema import RunConfig
 from luthier.data.batches import Batches, MicroBatch, StepBatch
-from luthier.errors import LuthierError, Stopped
+from luthier.errors import ArtifactError, LuthierError, Stopped
 from luthier.objectives import causal_loss
 from luthier.report.metrics import MetricsLog
 from luthier.training import schedule
@@ -66,7 +66,7 @@ class Loop:
         self._evaluate_every = steps_of(config.evaluate.every, per_epoch)
         if config.checkpoint.best and state.best_step > 0:
             parts.checkpoints.protected.add(state.best_step)
-        self._saved = state.step  # a resumed step is on disk already; step 0 needs no checkpoint
+        self._saved = state.step if state.step else -1  # a resumed step is on disk already
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
         self._dtype = next(p.dtype for p in parts.model.parameters() if p.is_floating_point())
@@ -85,6 +85,8 @@ class Loop:
         parts, state = self.parts, self.state
         parts.events.emit(self._event("start"))
         self._evaluate_if_due()
+        if self.stop and state.step < parts.total_steps:
+            self._leave_on_request()
         while state.step < parts.total_steps and not self._patience_is_over():
             record = self.train_step()
             self._log(record)
@@ -128,9 +130,9 @@ class Loop:
             "loss": loss_value,
             "lr": rate * parts.optimizer.base_rate,
             "grad_norm": norm_value,
-            "tokens": state.tokens,
+            "tokens": batch.tokens,
             "trained_tokens": batch.trained_tokens,
-            "samples": state.samples,
+            "samples": batch.samples,
             "tokens_per_second": batch.tokens / seconds,
             "memory_gib": memory_gib(parts.device),
             "skipped": not finite,
@@ -218,7 +220,15 @@ class Loop:
                 f"saved step {saved.step}: {saved.path} ({readable_size(saved.bytes)} in {saved.seconds:.1f} s, "
                 f"the step waited {saved.stall:.2f} s; {state})"
             )
-            self.parts.events.emit(replace(self._event("checkpoint", path=saved.path), step=saved.step))
+            if not saved.problems:
+                self.parts.events.emit(replace(self._event("checkpoint", path=saved.path), step=saved.step))
+            elif saved.step == self.state.step and (self.stop or saved.step == self.parts.total_steps):
+                raise ArtifactError(
+                    f"the last checkpoint reads back wrong: {saved.problems[0].message}",
+                    code="reads-back-wrong",
+                    where=str(saved.path),
+                    remedy="Check the disk, then run `luthier resume`: it goes on from the newest whole checkpoint.",
+                )
 
     def _evaluate_if_due(self) -> None:
         parts, state = self.parts, self.state

@@ -90,14 +90,19 @@ def plan(config: RunConfig) -> Plan:
             prepared, batches, total = session.data()
             base, model = session.model()
             parts = session.parts(base, model, prepared, batches, total, Events([], [], scratch, trial, said.append))
-            return _measure(parts, adapters.summary(model, trial.adapter), total)
+            progress = Progress(total)
+            try:
+                return _measure(parts, progress, adapters.summary(model, trial.adapter), total)
+            finally:
+                progress.close()
+                parts.metrics.close()
     finally:
         shutil.rmtree(scratch)
 
 
-def _measure(parts: Parts, summary: str, total: int) -> Plan:
+def _measure(parts: Parts, progress: Progress, summary: str, total: int) -> Plan:
     state = State()
-    loop = Loop(parts, state, Progress(total), StopRequest())
+    loop = Loop(parts, state, progress, StopRequest())
     seconds, tokens = [], []
     for _ in range(min(TRIED_STEPS, total)):
         begun, before = time.perf_counter(), state.tokens

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from luthier.artifacts.files import free_bytes, readable_size, write_file
+from luthier.artifacts.run_folder import published
 from luthier.checkpoint.checkpoints import Checkpoints
 from luthier.checkpoint.layout import model_layout
 from luthier.config.schema import RunConfig, TrainConfig
@@ -54,12 +55,14 @@ def rehearse_saving(
             remedy="Make the folder writable, or set `output` to another one.",
         ) from None
     size = checkpoints.size_of_save(model, optimizer)
-    needed = size * (config.checkpoint.keep + 1 + (config.checkpoint.best is not None))
+    kept = config.checkpoint.keep + (config.checkpoint.best is not None)
+    there = min(len(published(run)), kept)  # a resumed run's own, which make room as new ones come
+    needed = size * (kept + 1 - there) + (0 if (run / "final").is_dir() else weights_size(model))
     free = free_bytes(run)
     if free < needed:
         raise LuthierError(
-            f"{readable_size(free)} are free and the run needs {readable_size(needed)}: {config.checkpoint.keep} + 1 checkpoints "
-            f"of {readable_size(size)} each.",
+            f"{readable_size(free)} are free and the run needs {readable_size(needed)}: {kept + 1 - there} checkpoints "
+            f"of {readable_size(size)} each and the final model.",
             code="disk-full",
             where=str(run),
             remedy="Make room, set `output` to another disk, or lower checkpoint.keep.",
@@ -87,6 +90,11 @@ def rehearse_vocabulary(model: Any, tokens: Tokens, vocabulary: int) -> None:
             where="model.path",
             remedy="Put the tokenizer that belongs to this model into its folder, or add tokens with model.new_tokens.",
         )
+
+
+def weights_size(model: nn.Module) -> int:
+    """Bytes of what the final folder holds, should its files not be shared with the last checkpoint."""
+    return sum(item.spec.size for item in model_layout(model).stored)
 
 
 def rehearse_packing(model: nn.Module, tokens: Tokens, train: TrainConfig, device: torch.device) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from luthier.artifacts import fingerprint
+from luthier.artifacts import manifest as manifests
+from luthier.artifacts.run_folder import published
 from luthier.config import compare
 from luthier.config.read import read_resolved
 from luthier.config.schema import RunConfig
@@ -97,11 +99,13 @@ def reconcile(config: RunConfig, run: Path, allow: Collection[str], say: Say) ->
                 remedy=f"Give an empty or new folder instead of {run}.",
             )
         return config, False
+    if not published(run):  # nothing was trained yet, so nothing binds the config
+        return config, False
     old = stored_config(run)
     merged = compare.merge_resolved(old, config)
     changes = compare.compare(old, merged)
     moved = [change for change in changes if change.key == "model.path"]
-    if moved and _same_weights(old.model.path, merged.model.path):
+    if moved and _same_weights(run, old.model.path, merged.model.path):
         allow = {*allow, "model.path"}
         say(f"the base moved to {merged.model.path}; its weights are the same")
     for line in compare.check(changes, allow):
@@ -126,8 +130,11 @@ def stored_config(run: Path) -> RunConfig:
     return read_resolved(path)
 
 
-def _same_weights(old: str, new: str) -> bool:
-    folders = (Path(old), Path(new))
-    if not all(folder.is_dir() for folder in folders):
+def _same_weights(run: Path, old: str, new: str) -> bool:
+    """Whether a base at another path is the one that the run's checkpoints name, or the one at the old path."""
+    if not Path(new).is_dir():
         return False
-    return fingerprint.of_folder(folders[0]) == fingerprint.of_folder(folders[1])
+    found = fingerprint.of_folder(Path(new))
+    newest = manifests.check_whole(published(run)[-1].path)[0]
+    named = newest.facts["base"]["fingerprint"] if newest else None
+    return found == named or (Path(old).is_dir() and fingerprint.of_folder(Path(old)) == found)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts import publish
 from luthier.artifacts.files import exclusive, full_disk_named
@@ -15,7 +17,7 @@ from luthier.artifacts.run_folder import Found, published
 from luthier.checkpoint.retain import newest_whole
 from luthier.config.read import parse_run
 from luthier.config.schema import RunConfig
-from luthier.errors import ArtifactError
+from luthier.errors import ArtifactError, LuthierError
 from luthier.models import adapters
 from luthier.report.metrics import read_metrics
 from luthier.training import finish, metrics, numerics
@@ -83,6 +85,8 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
         device = pick_device()
         stack.enter_context(numerics.settled(config, device))
         start = _starting_point(run, say) if goes_on else None
+        if not goes_on and (run / "base").exists():  # of a beginning that never saved anything
+            publish.remove(run / "base")
         return _train(Session(config, run, device, start, allow, say), events)
 
 
@@ -103,7 +107,7 @@ def _train(session: Session, events: Events) -> Run:
     say, run = session.say, session.run
     prepared, batches, total = session.data()
     state = State.from_dict(session.extra["state"]) if session.start else State()
-    if state.step >= total and (run / "final").is_dir():
+    if session.start and finish.is_finished(run, session.start.step, total):
         say(
             f"this run is finished ({total} steps); its result is {run / 'final'}. For more, raise train.epochs or train.steps"
         )
@@ -117,10 +121,11 @@ def _train(session: Session, events: Events) -> Run:
     try:
         with stoppable(progress.say) as stop:
             Loop(parts, state, progress, stop).run()
-    except BaseException:
+    except Exception as error:
+        finish.settle(parts.checkpoints, say)
         finish.write_page(run, say)
         events.close()
-        raise
+        raise explained(error, session.device) from error
     finally:
         progress.close()
         parts.metrics.close()
@@ -128,6 +133,25 @@ def _train(session: Session, events: Events) -> Run:
     del parts, base, model, batches
     final, _ = finish.prove(trained, say)
     return Run(run, final, finish.stored_proof(final))
+
+
+def explained(error: Exception, device: torch.device) -> Exception:
+    """The same error, or one that says what to do where the library's own words don't."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return LuthierError(
+            f"{device} ran out of memory: {str(error).splitlines()[0]}",
+            code="out-of-memory",
+            where="train",
+            remedy="Set train.memory: recompute, lower train.micro_batch or train.max_length, or train an adapter.",
+        )
+    if "does not have a deterministic implementation" in str(error):
+        return LuthierError(
+            f"this model uses an operation that has no deterministic kernel ({str(error).split()[0]}).",
+            code="not-deterministic",
+            where="train.deterministic",
+            remedy="Set train.deterministic: false; resuming is then not bit for bit.",
+        )
+    return error
 
 
 def _starting_point(run: Path, say: Say) -> Found | None:

@@ -107,6 +107,8 @@ class Session:
         else:
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
+        self.config.model.attention = getattr(base.model.config, "_attn_implementation", None)
+        write_run(self.config, self.run / "run.yaml")  # a resumed run attends by the same kernels
         if self.config.train.memory == "recompute":
             recompute(base.model)
         if self.config.train.compile:
