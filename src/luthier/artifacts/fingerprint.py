@@ -7,9 +7,10 @@ lists, so that writing a model and fingerprinting it is one pass.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ def of_folder(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ArtifactError("there are no safetensors files here to fingerprint.", code="no-weights", where=str(folder))
-    key = digest_of(json.dumps([_stat_key(path) for path in [*files, folder / "config.json"]]).encode())
-    memo = cache_folder() / "fingerprints" / key
-    if memo.is_file():
-        return memo.read_text()
+    config = folder / "config.json"
+    return remembered([*files, config], lambda: _of_model(files, config))
+
+
+def _of_model(files: Sequence[Path], config: Path) -> str:
     places: list[Place] = []
     for path in files:
         check_length(path)
@@ -69,10 +71,7 @@ def of_folder(folder: Path) -> str:
         digests = [
             d for found in pool.map(lambda job: list(digest_file(job[0], job[0].name, job[1])), jobs) for d in found
         ]
-    config = folder / "config.json"
-    result = combine(of_tensors(places, digests), json.loads(config.read_text()) if config.is_file() else {})
-    replace_file(memo, result.encode())
-    return result
+    return combine(of_tensors(places, digests), json.loads(config.read_text()) if config.is_file() else {})
 
 
 def combine(weights: str, config: Mapping[str, Any]) -> str:
@@ -82,12 +81,27 @@ def combine(weights: str, config: Mapping[str, Any]) -> str:
 
 def of_file(path: Path) -> str:
     """Fingerprint of one opaque file such as a GGUF: of all its bytes, cached alike."""
-    memo = cache_folder() / "fingerprints" / digest_of(json.dumps(_stat_key(path)).encode())
+
+    def compute() -> str:
+        digests = digest_file(path, path.name, stretches(path.stat().st_size))
+        return digest_of("".join(digest.blake3 for digest in digests).encode())
+
+    return remembered([path], compute)
+
+
+def remembered(files: Sequence[Path], compute: Callable[[], str], *, facts: Sequence[str] = ()) -> str:
+    """What was computed from files before, while they have the same inodes, sizes and times of change; else computed.
+
+    Args:
+        facts: what the result depends on beside the files, and what tells it from others made of the same ones.
+    """
+    key = digest_of(json.dumps([*map(_stat_key, files), *facts]).encode())
+    memo = cache_folder() / "fingerprints" / key
     if memo.is_file():
         return memo.read_text()
-    digests = digest_file(path, path.name, stretches(path.stat().st_size))
-    result = digest_of("".join(digest.blake3 for digest in digests).encode())
-    replace_file(memo, result.encode())
+    result = compute()
+    with contextlib.suppress(OSError):  # a home that can't be written costs the time of computing it again
+        replace_file(memo, result.encode())
     return result
 
 

@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 from blake3 import blake3
 from numpy.typing import NDArray
+from tokenizers import AddedToken
 
 from luthier.artifacts.files import NO_ROOM, no_room, write_file
-from luthier.artifacts.fingerprint import cache_folder, of_file
+from luthier.artifacts.fingerprint import cache_folder, of_file, remembered
 from luthier.config.schema import SourceConfig
 from luthier.data.sources import find_files, load_hub
 from luthier.data.tokens import ARRAYS, Shard
 
-VERSION = 1
+VERSION = 2
 """Part of every name: raised when the arrays or what goes into them change meaning."""
 _PROBE = "The quick brown fox, 1234567890!\n\tdef f(x): return x**2  # ünïcödé\r\n你好，世界。こんにちは 안녕 🙂 <|x|>"
 
@@ -46,26 +49,49 @@ def source_digest(source: SourceConfig) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of what decides a tokenizer's output: vocabulary, merges, normalisers, added and special tokens, template."""
-    digest = blake3()
+    """Digest of what decides a tokenizer's output: vocabulary, merges, normalisers, added and special tokens, template.
+
+    Taken from the tokenizer as it stands in memory: the same one, saved again or brought over from another format, has
+    the same digest. Padding and truncation, which every call sets anew, do not enter.
+    """
     backend = tokenizer.backend_tokenizer
-    file = Path(str(tokenizer.name_or_path)) / "tokenizer.json"
-    if file.is_file():  # writing out a large vocabulary takes half a second, looking up its file's digest nothing
-        digest.update(of_file(file).encode())
-        for step in (backend.normalizer, backend.pre_tokenizer, backend.post_processor):
-            digest.update(str(step).encode())
-    else:
-        digest.update(backend.to_str().encode())
+    steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     facts = {
-        "class": type(tokenizer).__name__,
-        "size": len(tokenizer),
-        "added": tokenizer.get_added_vocab(),
+        "model": _model_digest(tokenizer),
+        "steps": [None if step is None else json.loads(step.__getstate__()) for step in steps],
+        "added": {index: _flags(token) for index, token in tokenizer.added_tokens_decoder.items()},
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "template": tokenizer.chat_template,
+        "template": _with_plain_newlines(tokenizer.chat_template),
         "probe": tokenizer(_PROBE)["input_ids"],
     }
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return blake3(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _model_digest(tokenizer: Any) -> str:
+    """Digest of vocabulary and merges, as the tokenizer's backend writes them out: in the order of ids and ranks.
+
+    Writing out a large vocabulary takes up to half a second, so the digest is remembered by the files opened.
+    """
+    model = tokenizer.backend_tokenizer.model
+
+    def compute() -> str:
+        return blake3(model.__getstate__()).hexdigest()
+
+    folder = Path(str(tokenizer.name_or_path))
+    if not (folder / "tokenizer.json").is_file():
+        return compute()
+    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    facts = ["tokenizer", tokenizers.__version__, transformers.__version__, type(tokenizer).__name__, str(size)]
+    return remembered([folder / "tokenizer.json", folder / "tokenizer_config.json"], compute, facts=facts)
+
+
+def _flags(token: AddedToken) -> list[Any]:
+    return [token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special]
+
+
+def _with_plain_newlines(template: Any) -> Any:
+    """A template's text as it is read back from a file; Jinja takes any kind of line end for the same."""
+    return template.replace("\r\n", "\n").replace("\r", "\n") if isinstance(template, str) else template
 
 
 def digest_of(*parts: Any) -> str:
