@@ -122,7 +122,10 @@ print("RESULT " + json.dumps(dict(tokens_per_second=round({ROWS * LENGTH} / stat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     side = f"plain transformers{' + peft' if adapter else ''}, {'LoRA' if adapter else 'full'}"
-    return {"side": side, **(json.loads(found[0][7:]) if found else {"error": done.stderr.strip().splitlines()[-1][:200]})}
+    return {
+        "side": side,
+        **(json.loads(found[0][7:]) if found else {"error": done.stderr.strip().splitlines()[-1][:200]}),
+    }
 
 
 def resume_is_exact(work: Path, *, adapter: bool) -> dict:

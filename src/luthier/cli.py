@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 VERBS = {
     "train": ("RUN.yaml [key.sub=value …]", "train; goes on where the output folder already holds this run"),
     "resume": ("RUN [key.sub=value …] [--allow KEY]", "go on from the newest whole checkpoint"),
-    "plan": ("RUN.yaml", "memory, time and disk before the first step, and a rehearsal: one step, one save, one reload"),
+    "plan": (
+        "RUN.yaml",
+        "memory, time and disk before the first step, and a rehearsal: one step, one save, one reload",
+    ),
     "data": ("RUN.yaml", "samples as the model will see them, trained tokens marked; counts, lengths, padding"),
     "inspect": ("PATH [--json]", "what is there: kind, base, shapes, precision, lineage, whether it is whole"),
     "verify": ("PATH", "read everything back against the manifest"),
@@ -242,7 +245,9 @@ def _chat(options: Namespace) -> int:
     from luthier.training.chat import ChatOptions, chat_loop, chat_once
 
     model, tokenizer = load(options.path, base=options.base)
-    settings = ChatOptions(system=options.system, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    settings = ChatOptions(
+        system=options.system, max_new_tokens=options.max_new_tokens, temperature=options.temperature
+    )
 
     def write(text: str) -> None:
         print(text, end="", flush=True)

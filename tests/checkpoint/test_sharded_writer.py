@@ -53,7 +53,10 @@ def test_four_processes_write_the_bytes_of_one_and_any_number_reads_them(make, t
 
     opened = AutoModelForCausalLM.from_pretrained(four / "model")
     opened.save_pretrained(tmp_path / "reference")
-    saved, reference = load_file(four / "model" / "model.safetensors"), load_file(tmp_path / "reference" / "model.safetensors")
+    saved, reference = (
+        load_file(four / "model" / "model.safetensors"),
+        load_file(tmp_path / "reference" / "model.safetensors"),
+    )
     assert saved.keys() == reference.keys()
     assert all(torch.equal(saved[name], reference[name]) for name in saved)
 

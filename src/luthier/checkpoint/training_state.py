@@ -39,7 +39,9 @@ def collect(model: nn.Module, optimizer: Any | None) -> dict[str, dict[str, torc
         return {stem: tensors for stem, tensors in parts.items() if tensors}
     names = _names(model)
     for state in optimizer.state.values():
-        _refuse(type(optimizer).__name__, {k: v for k, v in state.items() if not isinstance(v, torch.Tensor | int | float)})
+        _refuse(
+            type(optimizer).__name__, {k: v for k, v in state.items() if not isinstance(v, torch.Tensor | int | float)}
+        )
     tensors = {
         f"{names[id(parameter)]}{MARK}{key}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
         for parameter, state in optimizer.state.items()

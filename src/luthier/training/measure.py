@@ -61,5 +61,7 @@ class Measurer:
         references = [self._held_out.reference(index) for index in range(count)]
         given = answers(model, self._tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
         scores = score(settings.metrics, given, references) if settings.metrics else {}
-        samples = [{"prompt": p[-1]["content"], "reference": r, "answer": a} for p, r, a in zip(prompts, references, given)]
+        samples = [
+            {"prompt": p[-1]["content"], "reference": r, "answer": a} for p, r, a in zip(prompts, references, given)
+        ]
         return {**{f"metric/{name}": value for name, value in scores.items()}, "samples": samples[:8]}

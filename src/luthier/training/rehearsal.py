@@ -118,7 +118,9 @@ def rehearse_packing(model: nn.Module, tokens: Tokens, train: TrainConfig, devic
     with torch.no_grad():
         logits = [
             model(
-                input_ids=torch.cat([front, second]).expand(rows, -1).to(device), position_ids=positions, use_cache=False
+                input_ids=torch.cat([front, second]).expand(rows, -1).to(device),
+                position_ids=positions,
+                use_cache=False,
             ).logits[:, len(first) :]
             for front in (first, other)
         ]
