@@ -16,7 +16,7 @@ from luthier.checkpoint.checkpoints import Checkpoints
 from luthier.checkpoint.ranks import Ranks
 
 
-def sharded(folder: Path, mesh) -> torch.nn.Module:  # noqa: ANN001
+def sharded(folder: Path, mesh) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(folder)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("make", [make_llama, make_qwen3_moe], ids=["dense", "mixture-of-experts"])
-def test_four_processes_write_the_bytes_of_one_and_any_number_reads_them(make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "readers"), [(make_llama, 3), (make_qwen3_moe, 2)], ids=["dense", "mixture-of-experts"]
+)
+def test_four_processes_write_the_bytes_of_one_and_another_number_reads_them(
+    make: Callable[..., Path], readers: int, tmp_path: Path
+) -> None:
     base = make(tmp_path / "base")
     run_ranks("write", base, tmp_path / "one", 1)
     run_ranks("write", base, tmp_path / "four", 4)
@@ -60,7 +64,5 @@ def test_four_processes_write_the_bytes_of_one_and_any_number_reads_them(make, t
     assert saved.keys() == reference.keys()
     assert all(torch.equal(saved[name], reference[name]) for name in saved)
 
-    for size in (3, 1):
-        shutil.copytree(tmp_path / "four", tmp_path / f"read-{size}")
-        run_ranks("read", base, tmp_path / f"read-{size}", size)
-        assert contents(tmp_path / f"read-{size}" / "checkpoints" / "step-00000002") == contents(four)
+    run_ranks("read", base, tmp_path / "four", readers)
+    assert contents(tmp_path / "four" / "checkpoints" / "step-00000002") == contents(four)
