@@ -77,3 +77,12 @@ def test_another_meaning_is_another_digest(tmp_path, part):
     (folder / "tokenizer.json").write_text(json.dumps(values))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert tokenizer_digest(AutoTokenizer.from_pretrained(folder)) != before
+
+
+def test_moved_data_is_the_same_data_and_names_its_new_place(tmp_path, tokenizer, samples):
+    before = prepare(run_config(samples), tokenizer, say=lambda line: None).train
+    (tmp_path / "elsewhere").mkdir()
+    moved = samples.rename(tmp_path / "elsewhere" / "b.jsonl")
+    after = prepare(run_config(moved), tokenizer, say=lambda line: None).train
+    assert after.fingerprint == before.fingerprint
+    assert after.place(1) == f"{moved}:2"

@@ -77,7 +77,7 @@ def check(changes: list[Change], allow: Collection[str] = ()) -> list[str]:
 
     Raises RequestError naming every other fixed key with both values and how to permit it.
     """
-    refused = [change for change in changes if change.kind == "fixed" and not _allowed(change.key, allow)]
+    refused = [change for change in changes if change.kind == "fixed" and not is_allowed(change.key, allow)]
     if refused:
         flags = " ".join(f"--allow {change.key}" for change in refused)
         many = len(refused) > 1
@@ -132,5 +132,6 @@ def _flat(config: RunConfig) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _allowed(key: str, allow: Collection[str]) -> bool:
+def is_allowed(key: str, allow: Collection[str]) -> bool:
+    """Whether a change of ``key`` was permitted, by its own name or by that of its block."""
     return any(key == name or key.startswith(f"{name}.") for name in allow)

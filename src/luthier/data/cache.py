@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from luthier.artifacts.files import NO_ROOM, no_room, write_file
 from luthier.artifacts.fingerprint import cache_folder, of_file, remembered
 from luthier.config.schema import SourceConfig
-from luthier.data.sources import find_files, load_hub
+from luthier.data.sources import find_files, kind_of, load_hub
 from luthier.data.tokens import ARRAYS, Shard
 
 VERSION = 2
@@ -38,14 +38,19 @@ def token_folder(cache: Path | None) -> Path:
 
 
 def source_digest(source: SourceConfig) -> str:
-    """Digest of a source's content: of its files' bytes and names, or of a hub data set's own fingerprint."""
+    """Digest of a source's content: of its files' bytes and kinds in their order, or of a hub data set's fingerprint.
+
+    Where the files lie and what they are called does not enter: data that was moved is the same data.
+    """
     files = find_files(source)
-    digest = blake3()
     if files is None:
-        digest.update(str(load_hub(source)._fingerprint).encode())
-    for path in files or []:
-        digest.update(f"{path.resolve()}\0{of_file(path)}\0".encode())
-    return digest.hexdigest()
+        return digest_of(source.path, source.name, source.revision, load_hub(source)._fingerprint)
+    return digest_of([[kind_of(path), of_file(path)] for path in files])
+
+
+def place_digest(source: SourceConfig) -> str:
+    """Digest of where a source lies; a folder in the cache names files and lines, so it serves one place only."""
+    return digest_of(source.path, [str(path.resolve()) for path in find_files(source) or []])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from luthier.config.schema import RunConfig, SourceConfig
-from luthier.data.cache import digest_of, open_shard, source_digest, summary_of, token_folder, tokenizer_digest
+from luthier.data.cache import (
+    digest_of,
+    open_shard,
+    place_digest,
+    source_digest,
+    summary_of,
+    token_folder,
+    tokenizer_digest,
+)
 from luthier.data.heldout import hold_out
 from luthier.data.tokenise import Options, TooLong, tokenise
 from luthier.data.tokens import Part, Shard, Tokens
@@ -91,13 +99,14 @@ class _Work:
         return [Part(self._shard(source), weight=source.weight) for source in sources]
 
     def _shard(self, source: SourceConfig) -> Shard:
-        origin = source.model_dump(include={"path", "limit", "split", "name", "revision"})
-        name = digest_of(origin, source_digest(source), self._tokenizer_digest, asdict(self.options))
+        chosen = source.model_dump(include={"limit", "split"})
+        fingerprint = digest_of(chosen, source_digest(source), self._tokenizer_digest, asdict(self.options))
+        name = digest_of(fingerprint, place_digest(source))
         shard = open_shard(self._folder / name)
         if shard is None:
             self.warm = False
             self._say(f"Tokenising {source.path}")
-            shard = tokenise(source, self._tokenizer, self.options, self._folder / name, name)
+            shard = tokenise(source, self._tokenizer, self.options, self._folder / name, fingerprint)
         self.shards.append(shard)
         for line in describe(shard, self.options.max_length):
             self._say(line)

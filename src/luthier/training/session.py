@@ -15,6 +15,7 @@ from luthier.artifacts import manifest as manifests
 from luthier.artifacts.files import readable_size, replace_file
 from luthier.artifacts.run_folder import Found
 from luthier.checkpoint.checkpoints import Checkpoints, read_state, versions
+from luthier.config import compare
 from luthier.config.read import write_run
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batches import Batches
@@ -62,12 +63,12 @@ class Session:
         if not self.start:
             return
         known = self.extra
-        if known["data"] != data and "data" not in self.allow:
+        if known["data"] != data and not compare.is_allowed("data.train", self.allow):
             raise RequestError(
                 "the training data has changed since this run began, so the same step would see other samples.",
                 code="data-changed",
                 where="data.train",
-                remedy="Put the data back, start a new run with another `output`, or insist with --allow data.",
+                remedy="Put the data back, start a new run with another `output`, or insist with --allow data.train.",
             )
         if known["total_steps"] != total:
             self.notes.append(
@@ -175,12 +176,12 @@ class Session:
     ) -> None:
         assert self.start
         then = manifests.read(self.start.path).facts["base"]
-        if then["fingerprint"] != identity["fingerprint"] and "model" not in self.allow:
+        if then["fingerprint"] != identity["fingerprint"] and not compare.is_allowed("model.path", self.allow):
             raise RequestError(
                 f"the base at {identity['name']} is not the one this run was trained on (its weights differ).",
                 code="base-changed",
                 where="model.path",
-                remedy="Give the right base with model.path=…, or insist with --allow model.",
+                remedy="Give the right base with model.path=…, or insist with --allow model.path.",
             )
         checkpoints.load(self.start, model, optimizer)
         self.say(f"resuming from step {self.start.step}: {self.start.path}")
