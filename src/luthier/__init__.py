@@ -5,12 +5,12 @@ Importing this imports nothing heavy: names are loaded when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from luthier.errors import ArtifactError, LuthierError, RequestError, Stopped
 
+TYPE_CHECKING = False  # typing takes longer to import than this package; type checkers know the name
 if TYPE_CHECKING:
+    from typing import Any
+
     from luthier.api import describe, load, resume, save, train
     from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.config.schema import RunConfig
@@ -33,4 +33,6 @@ __all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunC
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)

@@ -7,11 +7,12 @@ than the rest.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing takes longer to import than help to print; type checkers know the name
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
 VERBS = {
     "train": ("RUN.yaml [key.sub=value …]", "train; goes on where the output folder already holds this run"),
