@@ -132,6 +132,7 @@ def test_proof_of_the_true_adapter_passes(lora, tmp_path):
     assert proof["effect"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "says"), [(swapped_layers, "logits differ"), (another_template, "chat template")])
 def test_proof_of_a_full_model_fails(full, tmp_path, damage, says):
     proof = _prove(full, tmp_path / "run", damage)
@@ -145,6 +146,7 @@ def test_proof_of_the_true_full_model_passes(full, tmp_path):
     assert proof["effect"] > 0
 
 
+@pytest.mark.slow
 def test_proof_of_a_model_that_training_did_not_change_is_inconclusive(full, tmp_path):
     case = full._replace(setup=Setup(folder_of(full.setup.run, STEPS), full.setup.run, full.setup.run_file))
     (case.setup.home / "base").symlink_to(case.setup.home / "model")
