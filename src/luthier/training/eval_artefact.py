@@ -95,7 +95,8 @@ def evaluate_artefacts(
         values: dict[str, float] = {}
         if metrics:
             prompts = [held_out.prompts(index) for index in range(count)]
-            given = answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+            tools = [held_out.tools(index) for index in range(count)]
+            given = answers(model, tokenizer, prompts, tools=tools, max_new_tokens=max_new_tokens)
             values = score(metrics, given, [held_out.reference(index) for index in range(count)])
         results.append(Measured(path, loss.loss, loss.perplexity, loss.tokens, values))
         del model

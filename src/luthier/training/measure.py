@@ -59,7 +59,8 @@ class Measurer:
         count = min(len(self._held_out), settings.generate or METRIC_SAMPLES)
         prompts = [self._held_out.prompts(index) for index in range(count)]
         references = [self._held_out.reference(index) for index in range(count)]
-        given = answers(model, self._tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
+        tools = [self._held_out.tools(index) for index in range(count)]
+        given = answers(model, self._tokenizer, prompts, tools=tools, max_new_tokens=settings.max_new_tokens)
         scores = score(settings.metrics, given, references) if settings.metrics else {}
         samples = [
             {"prompt": p[-1]["content"], "reference": r, "answer": a} for p, r, a in zip(prompts, references, given)
