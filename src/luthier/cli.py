@@ -135,7 +135,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("data", metavar="DATA", help="a data file, or a run file whose data.eval is used")
         add("--against", metavar="PATH", help="a second artefact, measured side by side")
         add("--metric", action="append", default=[], metavar="NAME", help="exact, json, or module:function")
-        add("--limit", type=int, metavar="N", help="use the first N samples")
+        add("--limit", type=int, metavar="N", help="use the first N samples of each source")
         add("--max-new-tokens", type=int, default=128, metavar="N", help="longest generated answer (128)")
     if verb == "chat":
         add("--prompt", metavar="TEXT", help="answer this and end")

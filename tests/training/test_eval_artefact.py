@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from tiny import CHATML, make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -84,3 +85,26 @@ def test_evaluation_during_training_answers_with_the_tools_too(folder, data):
     measurer = Measurer(config, opened.tokenizer, prepared.eval, torch.device("cpu"))
     measurer.measure(opened.model, 0, lambda line: None)
     assert_each_with_its_tools(opened.prompts)
+
+
+@pytest.mark.parametrize(("own", "limit", "expected"), [(None, 2, 2), (3, 2, 2), (2, 3, 2), (3, None, 3)])
+def test_limit_holds_for_a_run_file_as_for_a_data_file(tmp_path, folder, data, own, limit, expected):
+    run_file = tmp_path / "run.yaml"
+    held_out = {"path": str(data)} | ({"limit": own} if own else {})
+    run_file.write_text(
+        yaml.safe_dump({"model": str(folder), "output": "unused", "data": {"train": str(data), "eval": held_out}})
+    )
+    load = Opened(folder).load
+    assert evaluate_artefacts([str(folder)], str(run_file), limit=limit, load=load).samples == expected
+
+
+def test_rows_are_no_longer_than_the_model_has_positions_for(tmp_path, folder):
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two three " * 200}]
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"messages": said}) + "\n")
+    opened = Opened(folder)
+    opened.tokenizer.model_max_length = 10**9
+    lengths = []
+    opened.model.register_forward_pre_hook(lambda _, __, v: lengths.append(v["input_ids"].shape[1]), with_kwargs=True)
+    evaluate_artefacts([str(folder)], str(data), load=opened.load)
+    assert lengths == [opened.model.config.max_position_embeddings]

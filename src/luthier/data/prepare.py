@@ -35,11 +35,9 @@ class Prepared:
     facts: dict[str, Any]
 
 
-def max_length(config: RunConfig, tokenizer: Any) -> int:
-    """Return the longest row in tokens: the run file's, else 2048 or the tokenizer's own limit if that is shorter."""
-    if config.train.max_length is not None:
-        return config.train.max_length
-    return min(DEFAULT_MAX_LENGTH, getattr(tokenizer, "model_max_length", None) or DEFAULT_MAX_LENGTH)
+def longest_row(asked: int | None, limit: int | None) -> int:
+    """Return the longest row in tokens: the one asked for, else 2048 or the model's own limit if that is shorter."""
+    return asked if asked is not None else min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
 
 
 def too_long(config: RunConfig) -> TooLong:
@@ -88,7 +86,7 @@ class _Work:
             train_on=config.data.train_on,
             too_long=too_long(config),
             on_bad=config.data.on_bad,
-            max_length=max_length(config, tokenizer),
+            max_length=longest_row(config.train.max_length, getattr(tokenizer, "model_max_length", None)),
             columns=config.data.columns,
             encoding=config.data.encoding,
         )

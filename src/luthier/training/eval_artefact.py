@@ -13,14 +13,12 @@ import torch
 
 from luthier.config.read import read_run
 from luthier.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
-from luthier.data.prepare import prepare
+from luthier.data.prepare import as_sources, longest_row, prepare
 from luthier.data.tokens import Tokens
 from luthier.errors import RequestError
 from luthier.training.evaluate import evaluate_loss
 from luthier.training.generate import answers
 from luthier.training.metrics import resolve, score
-
-MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -77,17 +75,19 @@ def evaluate_artefacts(
 
     Args:
         data: a data file or glob, or a run file (.yaml) whose ``data.eval`` is used.
+        limit: samples used of each source at most, the first ones.
         load: opens a path; given by the caller, because opening anything is the library's face, above this.
 
     Raises:
         RequestError: a metric, the data or a path is wrong.
     """
     resolve(metrics)
-    config = _data_config(data, limit)
+    asked = _data_config(data, limit)
     results = []
     count = 0
     for path in paths:
         model, tokenizer = load(path, base=base)
+        config = _for_model(asked, model)
         held_out = _tokens(config, tokenizer, path)
         count = len(held_out)
         device = next(model.parameters()).device
@@ -108,7 +108,7 @@ def evaluate_artefacts(
 
 def _data_config(data: str, limit: int | None) -> RunConfig:
     """A config that holds nothing but the samples, and how they are read."""
-    train = TrainConfig(max_length=MAX_LENGTH, packing=False)
+    train = TrainConfig(packing=False)
     if data.endswith((".yaml", ".yml")):
         run = read_run(data)
         if run.data.eval is None or isinstance(run.data.eval, float | int):
@@ -118,13 +118,27 @@ def _data_config(data: str, limit: int | None) -> RunConfig:
                 where=f"{data}: data.eval",
                 remedy="Name a data file instead, or set data.eval to one.",
             )
-        train = run.train.model_copy(update={"packing": False, "max_length": run.train.max_length or MAX_LENGTH})
-        settings = run.data.model_copy(update={"train": run.data.eval, "eval": None})
+        train = run.train.model_copy(update={"packing": False})
+        sources = [_limited(source, limit) for source in as_sources(run.data.eval)]
+        settings = run.data.model_copy(update={"train": sources, "eval": None})
         return RunConfig(model=run.model, data=settings, method=run.method, train=train, output="eval")
     if not os.path.exists(data) and not any(mark in data for mark in "*?["):
         raise RequestError("there is no such data file.", code="no-such-data", where=data, remedy="Check the path.")
     source = SourceConfig(path=str(Path(data).expanduser()), limit=limit)
     return RunConfig(model=ModelConfig(path="eval"), data=DataConfig(train=source), train=train, output="eval")
+
+
+def _limited(source: SourceConfig, limit: int | None) -> SourceConfig:
+    """The first samples of a source: as many as both its own limit and the one asked for allow."""
+    limits = [each for each in (source.limit, limit) if each is not None]
+    return source.model_copy(update={"limit": min(limits, default=None)})
+
+
+def _for_model(config: RunConfig, model: Any) -> RunConfig:
+    """The config with its longest row filled in, which the model's positions may bound."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    train = config.train.model_copy(update={"max_length": longest_row(config.train.max_length, positions)})
+    return config.model_copy(update={"train": train})
 
 
 def _tokens(config: RunConfig, tokenizer: Any, path: str) -> Tokens:

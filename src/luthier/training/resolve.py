@@ -16,13 +16,12 @@ from luthier.config import compare
 from luthier.config.read import read_resolved
 from luthier.config.schema import RunConfig
 from luthier.data.batches import DEFAULT_BATCH_SAMPLES
-from luthier.data.prepare import too_long
+from luthier.data.prepare import longest_row, too_long
 from luthier.errors import RequestError
 from luthier.models.precision import resolve_precision
 from luthier.training.groups import peak_rate
 
 Say = Callable[[str], None]
-DEFAULT_MAX_LENGTH = 2048
 SAVES_PER_RUN = 10
 
 
@@ -41,17 +40,16 @@ def before_data(config: RunConfig, base_config: Any, device: torch.device) -> Ru
     config.model.precision = resolve_precision(config.model, device)
     config.data.too_long = too_long(config)
     text_config = base_config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    limit = getattr(text_config, "max_position_embeddings", None)
     train = config.train
-    if train.max_length is None:
-        train.max_length = min(DEFAULT_MAX_LENGTH, limit)
-    elif train.max_length > limit and not getattr(text_config, "rope_parameters", None):
+    if limit and train.max_length and train.max_length > limit and not getattr(text_config, "rope_parameters", None):
         raise RequestError(
             f"the model has positions for {limit} tokens only; {train.max_length} were asked for.",
             code="max-length",
             where="train.max_length",
             remedy=f"Set train.max_length to {limit} or less.",
         )
+    train.max_length = longest_row(train.max_length, limit)
     if train.batch_tokens is None and train.batch_samples is None:
         train.batch_samples = DEFAULT_BATCH_SAMPLES
     if train.epochs is None and train.steps is None:
