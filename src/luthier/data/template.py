@@ -242,6 +242,18 @@ class ChatTemplate:
         return tail[: match.end()] if match and not tail[: match.start()].strip() else ""
 
 
+def end_token(tokenizer: Any) -> int | None:
+    """Return the id of the control token that ends an assistant's turn; None where the template writes none.
+
+    What an answer is taught to end with is what generation has to stop at, and is often not the tokenizer's end token.
+    """
+    if not tokenizer.chat_template or not tokenizer.is_fast:
+        return None
+    ids = tokenizer(ChatTemplate(tokenizer).end_of_turn, add_special_tokens=False)["input_ids"]
+    # An ordinary word would cut answers short.
+    return ids[-1] if ids and ids[-1] in tokenizer.get_added_vocab().values() else None
+
+
 _NOTHING: Encoded = (np.empty(0, np.int32), np.empty(0, np.bool_))
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from luthier.config.schema import ModelConfig
+from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
 from luthier.models import hub
 from luthier.models.coverage import check_coverage
@@ -27,7 +28,7 @@ from luthier.models.precision import DTYPES, resolve_precision
 from luthier.models.quiet import quiet
 from luthier.models.settings import check_attention, set_dropout
 from luthier.models.source import BaseSource, find_source
-from luthier.models.template import end_of_turn, set_padding, set_template
+from luthier.models.template import set_padding, set_template
 from luthier.models.vocabulary import add_tokens, make_rows
 
 __all__ = ["Base", "BaseSource", "Vocabulary", "open_base", "open_tokenizer", "open_vocabulary", "resolve_precision"]
@@ -235,7 +236,7 @@ def _set_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         return
     ends = generation.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    for end in (tokenizer.eos_token_id, end_of_turn(tokenizer)):
+    for end in (tokenizer.eos_token_id, end_token(tokenizer)):
         if end is not None and end not in ends:
             ends.append(end)
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None

@@ -71,13 +71,6 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = text
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of ChatML's end token where the tokenizer's template uses it, so that generation can stop there."""
-    if "<|im_end|>" not in str(tokenizer.chat_template or ""):
-        return None
-    return tokenizer.get_vocab().get("<|im_end|>")
-
-
 def set_padding(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Pads on the right, with a token that exists already; returns a sentence if one had to be chosen.
 

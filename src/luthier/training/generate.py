@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from luthier.data.offenders import SampleError
-from luthier.data.template import ChatTemplate, encode_texts
+from luthier.data.template import ChatTemplate, encode_texts, end_token
 from luthier.errors import RequestError
 from luthier.training.evaluate import evaluation_mode
 
@@ -176,10 +176,7 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     found = set(named if isinstance(named, list) else [named])
     found.add(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        end = tokenizer(ChatTemplate(tokenizer).end_of_turn, add_special_tokens=False)["input_ids"]
-        if end and end[-1] in tokenizer.get_added_vocab().values():  # an ordinary word would cut answers short
-            found.add(end[-1])
+    found.add(end_token(tokenizer))
     return sorted(found - {None})
 
 
