@@ -261,7 +261,10 @@ def test_step_that_is_not_finite_is_skipped_and_its_samples_named(tmp_path, caps
     for record in skipped:
         assert record["reason"] == "loss is nan"
         assert 5 in record["indices"]
-        assert f"step {record['step']} skipped: loss is nan; its samples are " in trained.said
+        said = f"step {record['step']} skipped: loss is nan; its samples are {tmp_path / 'data.jsonl'}:"
+        _, found, rest = trained.said.partition(said)
+        assert found
+        assert rest.splitlines()[0].split(",") == [str(index + 1) for index in record["indices"]]
     step = next(record["step"] for record in skipped if record["step"] > 1)
     before, after = _saved(trained, step - 1), _saved(trained, step)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []

@@ -43,6 +43,7 @@ class Samples(Protocol):
     def trained(self) -> NDArray[np.int32]: ...
     @property
     def shares(self) -> tuple[Share, ...]: ...
+    def place(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ class Batches:
             epoch=(number + 1) / self.steps_per_epoch,
             indices=[int(index) for index in indices],
         )
+
+    def place(self, index: int) -> str:
+        """Return the ``file:line`` that a sample came from."""
+        return self._tokens.place(index)
 
     def step_samples(self, number: int) -> NDArray[np.int64]:
         """Return the samples of a step without making tensors of them."""

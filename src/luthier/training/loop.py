@@ -33,6 +33,9 @@ from luthier.training.progress import Progress
 from luthier.training.signals import StopRequest
 from luthier.training.state import State, seed_of
 
+PLACES_SHOWN = 8
+"""Samples whose places are named where a step is not finite."""
+
 
 @dataclass
 class Parts:
@@ -180,8 +183,7 @@ class Loop:
         what = "loss" if not math.isfinite(loss) else "gradient norm"
         value = loss if what == "loss" else norm
         reason = f"{what} is {value}"
-        samples = ", ".join(map(str, batch.indices[:8])) + (", …" if len(batch.indices) > 8 else "")
-        self.progress.say(f"step {state.step + 1} skipped: {reason}; its samples are {samples}")
+        self.progress.say(f"step {state.step + 1} skipped: {reason}; its samples are {self._places(batch.indices)}")
         if state.nonfinite >= limit:
             raise LuthierError(
                 f"{limit} steps in a row were not finite (the last: {reason}).",
@@ -191,6 +193,15 @@ class Loop:
                 f"Checkpoints up to here are in {self.parts.run / 'checkpoints'}.",
             )
         return reason
+
+    def _places(self, indices: list[int]) -> str:
+        """Where samples came from, the first few: each file once, with its lines."""
+        lines: dict[str, list[str]] = {}
+        for index in indices[:PLACES_SHOWN]:
+            file, _, line = self.parts.batches.place(index).rpartition(":")
+            lines.setdefault(file, []).append(line)
+        shown = "; ".join(f"{file}:{','.join(numbers)}" for file, numbers in lines.items())
+        return shown + (", …" if len(indices) > PLACES_SHOWN else "")
 
     def _log(self, record: dict[str, Any]) -> None:
         self.parts.metrics.append(record)
