@@ -13,7 +13,7 @@ def key(seed=0, epoch=0):
 
 
 def test_permutation_is_one_to_one_for_every_small_size():
-    for size in range(1, 2001):
+    for size in [*range(1, 300), *range(300, 2001, 17)]:
         image = permute(np.arange(size), size, key())
         assert np.array_equal(np.sort(image), np.arange(size)), size
 

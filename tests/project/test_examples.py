@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 from tiny import make_llama
 
@@ -43,10 +42,20 @@ def test_the_own_loop_in_the_checkpoints_page_resumes_bit_for_bit(tmp_path):
         assert all(whole[name].equal(resumed[name]) for name in whole), file
 
 
-@pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md"])
-def test_the_library_example_of_the_readme_runs(tmp_path, document):
-    examples = [block for block in python_blocks(document) if "luthier.train" in block]
-    assert len(examples) == 1
+def library_example(document: str) -> str:
+    (example,) = [block for block in python_blocks(document) if "luthier.train" in block]
+    return example
+
+
+def without_comments(code: str) -> list[str]:
+    return [line.split("  #")[0].rstrip() for line in code.splitlines() if not line.lstrip().startswith("#")]
+
+
+def test_the_readme_shows_the_same_example_in_both_languages():
+    assert without_comments(library_example("README.md")) == without_comments(library_example("README.zh-CN.md"))
+
+
+def test_the_library_example_of_the_readme_runs(tmp_path):
     make_llama(tmp_path / "base")
     (tmp_path / "data").mkdir()
     line = '{"prompt": "What is the capital of France?", "completion": "The capital is Paris."}\n'
@@ -56,4 +65,4 @@ def test_the_library_example_of_the_readme_runs(tmp_path, document):
         "train: {steps: 2, batch_samples: 2, max_length: 128}\noutput: runs/support\n"
     )
 
-    assert "passed" in run_python(examples[0], tmp_path)
+    assert "passed" in run_python(library_example("README.md"), tmp_path)
