@@ -131,6 +131,16 @@ def describe(shard: Shard, longest: int) -> list[str]:
     return lines
 
 
+def repeats(facts: dict[str, Any]) -> list[str]:
+    """Say in a line each what a run's data hold more than once."""
+    lines = []
+    if facts["eval_in_train"]:
+        lines.append(f"{facts['eval_in_train']:,} evaluation samples are also trained on")
+    if facts["duplicates"]:
+        lines.append(f"{facts['duplicates']:,} samples are duplicates of others")
+    return lines
+
+
 def _tokens(parts: Sequence[Part]) -> Tokens:
     parts = [part for part in parts if len(part)]
     selections = [None if part.selection is None else digest_of(part.selection.tolist()) for part in parts]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from luthier.config.schema import RunConfig
 from luthier.data.batches import Batches
-from luthier.data.prepare import Prepared, describe
+from luthier.data.prepare import Prepared, describe, repeats
 from luthier.data.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ def _overview(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['samples']:,} samples to train on, {facts['tokens']:,} tokens, {share:.1f} % of them trained"]
     if facts["eval_samples"]:
         lines.append(f"{facts['eval_samples']:,} samples held out for evaluation")
-    if facts["eval_in_train"]:
-        lines.append(f"{facts['eval_in_train']:,} evaluation samples are also trained on")
-    if facts["duplicates"]:
-        lines.append(f"{facts['duplicates']:,} samples are duplicates of others")
-    return lines
+    return lines + repeats(facts)
 
 
 def histogram(lengths: NDArray[np.int32]) -> list[str]:

@@ -19,7 +19,7 @@ from luthier.config import compare
 from luthier.config.read import write_run
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batches import Batches
-from luthier.data.prepare import Prepared, prepare
+from luthier.data.prepare import Prepared, prepare, repeats
 from luthier.errors import RequestError
 from luthier.models import adapters
 from luthier.models.memory import recompute
@@ -53,6 +53,7 @@ class Session:
         self._vocabulary = open_vocabulary(self._model_config())
         tokenizer = self._vocabulary.tokenizer
         prepared = prepare(self.config, tokenizer, say=self.notes.append)
+        self.notes += repeats(prepared.facts)
         batches = Batches(prepared.train, self.config.train, pad_id=tokenizer.pad_token_id)
         self.config, total = after_data(self.config, batches.steps_per_epoch, has_held_out=prepared.eval is not None)
         self._compare_with_checkpoint(prepared.facts["fingerprint"], total)
