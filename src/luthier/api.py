@@ -156,6 +156,8 @@ def load(
         raise RequestError(
             f"this is of kind {found.kind}, which this version cannot load.", code="kind", where=str(found.path)
         )
+    if (found.path / manifests.NAME).is_file():  # ours: every byte is known, so every byte is checked
+        manifests.raise_problems(found.path, manifests.verify(found.path)[1])
     folder = found.path
     if found.kind == "checkpoint":
         folder = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
