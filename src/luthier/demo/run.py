@@ -25,7 +25,7 @@ SYSTEM = "Ticket to JSON."
 DATA = Path(__file__).parent
 HELD_OUT = 40
 """Held-out samples that are scored: enough to tell 90 % from 80 %, few enough for two cores."""
-LONGEST_ANSWER = 32
+LONGEST_ANSWER = 18
 """Tokens; the data's longest answer has 14."""
 TRY = "hello, order B207 came with a broken handle, please send me a new one today!"
 
