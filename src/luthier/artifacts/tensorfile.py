@@ -147,14 +147,6 @@ def check_length(path: Path) -> None:
         raise _broken(path, f"its header says {expected} bytes and it has {actual}")
 
 
-def read_bytes(path: Path, place: Place) -> bytearray:
-    """Read one tensor's bytes."""
-    buffer = bytearray(place.spec.size)
-    with open(path, "rb", buffering=0) as file:
-        read_into(file.fileno(), memoryview(buffer), place.offset, path)
-    return buffer
-
-
 def read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
     """Fill ``target`` from ``offset`` on.
 

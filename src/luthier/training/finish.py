@@ -22,6 +22,7 @@ from luthier.errors import LuthierError
 from luthier.export.final import make_final
 from luthier.export.prove import Answers, Probe, Proof, live_answers, make_probe
 from luthier.models.compile import undo
+from luthier.models.memory import keep
 from luthier.models.open import Base
 from luthier.report.card import model_card
 from luthier.report.metrics import read_metrics
@@ -62,7 +63,7 @@ def ask_live_model(parts: Parts, base: Base, state: State, prepared: Prepared) -
     if parts.config.train.compile:
         undo(base.model)
     if parts.config.train.memory == "recompute":
-        base.model.gradient_checkpointing_disable()
+        keep(base.model)
     expected = live_answers(parts.model, base.tokenizer, probe)
     facts = {key: parts.checkpoints.facts[key] for key in ("base", "parents")} | {"versions": versions()}
     facts["total_steps"] = parts.total_steps
