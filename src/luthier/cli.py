@@ -279,7 +279,7 @@ def _meant(path: str) -> str:
     """The folder that RUN@best or RUN@newest means; any other path as it is."""
     if not path.endswith(("@best", "@newest", "@final")):
         return path
-    from luthier.api import locate
+    from luthier.training.locate import locate
 
     return str(locate(path).path)
 

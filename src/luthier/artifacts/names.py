@@ -1,0 +1,88 @@
+"""Names of tensors as other tools left them, brought to the one form that transformers and peft write.
+
+Wrappers leave their own parts in names (torch.compile, FSDP, activation checkpointing, data parallelism), a whole peft
+model's state dict carries the adapter's name inside each of its tensors, and wrapping a wrapped model doubles a prefix.
+None of this says anything about the weights. All of it is known here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from luthier.errors import ArtifactError
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
+LEADING = "module"  # data parallelism and DeepSpeed put it first; elsewhere a module may really be called so
+PEFT = "base_model.model."
+# Parts of names that begin an adapter's own tensor, by method of peft.
+ADAPTER_PARTS = (
+    "lora_", "hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "randlora_", "fourierft_", "vblora_", "hra_", "bone_",
+    "miss_", "shira_", "c3a_", "waveft_", "road_", "delora_", "gralora_", "osf_", "ln_tuning_", "trainable_tokens_", "token_adapter",
+)  # fmt: skip
+_LEAVES = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class AdapterName:
+    """A tensor of an adapter: ``name`` as peft writes it to files, ``adapter`` what it was called in memory, if the name said."""
+
+    name: str
+    adapter: str | None = None
+
+
+def unwrapped(name: str) -> str:
+    """The name without the parts that wrappers put into it: ``module._orig_mod.model.norm.weight`` → ``model.norm.weight``."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == LEADING:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def of_adapter(name: str) -> AdapterName:
+    """The name that peft writes to a file for an adapter's tensor, whatever it was saved as.
+
+    ``module.base_model.model.base_model.model.x.lora_A.default.weight`` → ``base_model.model.x.lora_A.weight``, ``default``.
+    """
+    name = unwrapped(name)
+    while name.startswith(PEFT):
+        name = unwrapped(name.removeprefix(PEFT))
+    parts = name.split(".")
+    own = next((index for index, part in enumerate(parts) if part.startswith(ADAPTER_PARTS)), None)
+    inner = None
+    if own is not None and len(parts) > own + 1 and parts[own + 1] not in _LEAVES:
+        inner = parts.pop(own + 1)
+        if parts[own] == "lora_magnitude_vector" and parts[-1] == "weight":
+            parts.pop()  # DoRA's vector is a module in memory and a bare tensor in files
+    elif "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        inner = parts[at + 1] if len(parts) > at + 1 else None
+        del parts[at : at + 2]
+    return AdapterName(PEFT + ".".join(parts), inner)
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a tensor belongs to an adapter rather than to a model."""
+    return any(part.startswith(ADAPTER_PARTS) or part == "modules_to_save" for part in name.split("."))
+
+
+def renamed(names: Iterable[str], *, adapter: bool, where: str) -> dict[str, str]:
+    """Every name with its canonical one.
+
+    Raises:
+        ArtifactError: two tensors would get the same name, so what wrapped them cannot be told.
+    """
+    result: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in names:
+        plain = of_adapter(name).name if adapter else unwrapped(name)
+        if plain in taken:
+            raise ArtifactError(
+                f"{taken[plain]} and {name} both stand for {plain}.",
+                code="names-clash",
+                where=where,
+                remedy="Two models, or two adapters, lie in one file; save each into a folder of its own.",
+            )
+        taken[plain] = name
+        result[name] = plain
+    return result
