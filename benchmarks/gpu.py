@@ -1,6 +1,6 @@
 """One GPU: tokens per second beside plain transformers + peft, the stall of a save, and a resume bit for bit.
 
-    python benchmarks/gpu.py WORK_FOLDER [--layers 16] [--steps 24] [--only speed|resume]
+    python benchmarks/gpu.py WORK_FOLDER [--layers 16] [--steps 24] [--only speed|resume] [--train LoRA|full]
 
 Makes a Llama of Llama-3.2-1B's shape with random weights, and text whose rows are exactly full, so that both sides
 compute the same numbers of tokens without padding or masks. Ours is the whole of ``luthier train`` in a process of its
@@ -150,6 +150,7 @@ def main() -> None:
     for key, value in {"layers": 16, "hidden": 2048, "vocab": 128256, "steps": 24}.items():
         parser.add_argument(f"--{key}", type=int, default=value)
     parser.add_argument("--only", choices=["", "speed", "resume"], default="")
+    parser.add_argument("--train", choices=["", "LoRA", "full"], default="")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--length", type=int, default=LENGTH)
     options = parser.parse_args()
@@ -163,10 +164,10 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    if options.only in ("", "resume"):
-        add(resume_is_exact(work, adapter=True))
-        add(resume_is_exact(work, adapter=False))
-    for adapter, kind in ((True, "LoRA"), (False, "full")) if options.only in ("", "speed") else ():
+    wanted = [(kind == "LoRA", kind) for kind in ("LoRA", "full") if options.train in ("", kind)]
+    for adapter, _ in wanted if options.only in ("", "resume") else ():
+        add(resume_is_exact(work, adapter=adapter))
+    for adapter, kind in wanted if options.only in ("", "speed") else ():
         for deterministic in (True, False):
             name = f"{kind}{', deterministic' if deterministic else ''}"
             add(ours(work, name, adapter=adapter, deterministic=deterministic, steps=options.steps))

@@ -73,8 +73,9 @@ def causal_loss(model: nn.Module, micro_batch: MicroBatch) -> Loss:
         logits_BKV = logits_BKV[:, -length:]
         if few:
             logits_BKV = logits_BKV[:, kept.to(device)]
-    targets_BK = (following[:, kept] if few else following).to(logits_BKV.device)
-    total = _SummedNLL.apply(logits_BKV.flatten(0, 1), targets_BK.flatten())
+    targets_N = (following[:, kept] if few else following).flatten()
+    left_out = (targets_N == IGNORED).nonzero().squeeze(1)  # found where labels lie, so that no device is waited for
+    total = _SummedNLL.apply(logits_BKV.flatten(0, 1), targets_N.to(logits_BKV.device), left_out.to(logits_BKV.device))
     return Loss(total, count, balance_loss(model, outputs))
 
 
@@ -106,34 +107,38 @@ class _SummedNLL(torch.autograd.Function):
 
     Keeping fp32 probabilities for the backward pass would take twice the logits' memory, and computing them again
     takes time; the gradient in the logits' own dtype takes as much as the logits, which autograd makes anyway.
-    Working memory is one piece of rows.
+    Working memory is one piece of rows. Casts are part of a kernel that reads or writes the numbers anyway: over a large
+    vocabulary each pass of its own is a percent of the step.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, left_out: Tensor) -> Tensor:
         rows = _rows(logits_NV)
         total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         gradient_NV = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
         for start in range(0, len(logits_NV), rows):
             piece = slice(start, start + rows)
             targets_n1 = targets_N[piece].clamp(min=0).unsqueeze(1)
-            counted_n1 = (targets_N[piece] != IGNORED).unsqueeze(1)
-            log_nV = torch.log_softmax(logits_NV[piece].float(), dim=-1)
-            total -= (log_nV.gather(1, targets_n1) * counted_n1).sum()
+            log_nV = torch.log_softmax(logits_NV[piece], dim=-1, dtype=torch.float32)
+            log_n1 = log_nV.gather(1, targets_n1)
+            total -= log_n1.masked_fill(targets_N[piece].unsqueeze(1) == IGNORED, 0).sum()
             if gradient_NV is not None:
-                probability_nV = log_nV.exp_()
-                probability_nV.scatter_add_(1, targets_n1, -torch.ones_like(targets_n1, dtype=torch.float32))
-                gradient_NV[piece] = probability_nV.mul_(counted_n1)
+                gradient_nV = gradient_NV[piece]
+                torch.exp(log_nV, out=gradient_nV)
+                # p - 1 in fp32: of a probability near 1, 16 bits would leave nothing
+                gradient_nV.scatter_(1, targets_n1, log_n1.expm1().to(gradient_nV.dtype))
+        if gradient_NV is not None:
+            gradient_NV.index_fill_(0, left_out, 0)
         ctx.save_for_backward(gradient_NV)
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None]:
         (gradient_NV,) = ctx.saved_tensors
-        for piece_nV in gradient_NV.split(_rows(gradient_NV)):
-            # in fp32: 16 bits would round the scale, which is one over the step's tokens, and all gradients with it
-            piece_nV.copy_(piece_nV.float().mul_(scale))
-        return gradient_NV, None
+        # The scale is one over the step's tokens: a scalar tensor would be rounded to 16 bits, and all gradients with it;
+        # with a dimension it keeps its fp32, and the product is rounded once, on its way into memory.
+        torch.mul(gradient_NV, scale.reshape(1), out=gradient_NV)
+        return gradient_NV, None, None
 
 
 def _rows(logits_NV: Tensor) -> int:
