@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +139,15 @@ def test_proof_of_a_full_model_fails(full, tmp_path, damage, says):
     proof = _prove(full, tmp_path / "run", damage)
     assert proof["verdict"] == "failed"
     assert says in proof["says"]
+
+
+def test_proof_layer_by_layer_gives_the_same_bits_and_can_fail(lora, full, tmp_path):
+    for name, case in (("lora", lora), ("full", full)):
+        case = case._replace(probe=replace(case.probe, layered=True))
+        proof = _prove(case, tmp_path / name, nothing)
+        assert (proof["verdict"], proof["max_difference"]) == ("passed", 0)
+        assert "layer by layer" in proof["compared"]
+    assert _prove(case, tmp_path / "damaged", swapped_layers)["verdict"] == "failed"
 
 
 def test_proof_of_the_true_full_model_passes(full, tmp_path):

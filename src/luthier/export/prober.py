@@ -5,12 +5,14 @@ file named by its first argument:
 
     {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
      "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
-     "trust_remote_code": false, "out": "logits.safetensors"}
+     "trust_remote_code": false, "layered": false, "out": "logits.safetensors"}
 
 and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
-(``plain0``), and beside them ``out + ".json"`` with what the folder's own tokenizer makes of the messages.
+(``plain0``), and beside them ``out + ".json"`` with what the folder's own tokenizer makes of the messages. Where the model
+does not fit on the device, its weights stay in host memory and visit the device layer by layer (``layered`` asks for it).
 """
 
+import gc
 import json
 import os
 import sys
@@ -29,7 +31,32 @@ def main(request_path: str) -> None:
     from transformers import AutoTokenizer
 
     folder = Path(request["folder"])
-    model, is_adapter = open_model(folder, request)
+    layered = request["layered"]
+    try:
+        tensors = logits_of(folder, request, layered)
+    except torch.OutOfMemoryError:
+        if layered:
+            raise
+        tensors = None
+    if tensors is None:  # outside the handler, whose traceback would keep the model on the device
+        gc.collect()
+        torch.accelerator.empty_cache()
+        layered = True
+        tensors = logits_of(folder, request, layered)
+    save_file(tensors, request["out"])
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
+    )
+    rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
+    answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules, "layered": layered}
+    Path(request["out"] + ".json").write_text(json.dumps(answer))
+
+
+def logits_of(folder, request, layered):
+    """The model's logits on every probe, twice, and without its adapter."""
+    import torch
+
+    model, is_adapter = open_model(folder, request, layered)
     model.eval()
     tensors = {}
     with torch.no_grad():
@@ -40,13 +67,7 @@ def main(request_path: str) -> None:
             if is_adapter:
                 with model.disable_adapter():
                     tensors[f"plain{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
-    save_file(tensors, request["out"])
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
-    )
-    rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
-    answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules}
-    Path(request["out"] + ".json").write_text(json.dumps(answer))
+    return tensors
 
 
 def read_texts(tokenizer, conversations, texts):
@@ -62,7 +83,18 @@ def read_texts(tokenizer, conversations, texts):
     return rendered, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def open_model(folder, request):
+def open_model(folder, request, layered):
+    """What a user would type, and whether it is an adapter; layered, the weights come to the device one layer at a time."""
+    if not layered:
+        return open_whole(folder, request)
+    import torch
+    from accelerate import cpu_offload
+
+    model, is_adapter = open_whole(folder, {**request, "device": "cpu"})
+    return cpu_offload(model, execution_device=torch.device(request["device"])), is_adapter
+
+
+def open_whole(folder, request):
     """What a user would type: AutoModelForCausalLM for a model, PeftModel on top of the base for an adapter."""
     import torch
     from transformers import AutoModelForCausalLM

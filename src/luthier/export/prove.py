@@ -46,6 +46,8 @@ class Probe:
     threads: int
     deterministic: bool
     trust_remote_code: bool = False
+    layered: bool = False
+    """Layer by layer from the start; without, only where the model does not fit on the device."""
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Answers:
     rendered: list[str] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     plain: list[torch.Tensor] = field(default_factory=list)
+    layered: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Ans
     logits = [tensors[f"probe{i}"] for i in count]
     noise = largest_difference(logits, [tensors[f"again{i}"] for i in count])
     plain = [tensors[f"plain{i}"] for i in count if f"plain{i}" in tensors]
-    return Answers(logits, noise, told["rendered"], told["tokens"], plain)
+    return Answers(logits, noise, told["rendered"], told["tokens"], plain, told["layered"])
 
 
 def compare(expected: Answers, found: Answers, *, device: str, before: list[torch.Tensor] | None = None) -> Proof:
@@ -176,7 +179,7 @@ def compare(expected: Answers, found: Answers, *, device: str, before: list[torc
     reference = found.plain or before
     effect = _moved(found.logits, reference) if reference and not differences else None
     tokens = sum(len(x) for x in expected.logits)
-    compared = f"logits of {len(expected.logits)} prompts ({tokens} tokens), chat template, tokenizer; {device}"
+    compared = f"logits of {len(expected.logits)} prompts ({tokens} tokens), chat template, tokenizer; {device}{', layer by layer' if found.layered else ''}"
     if differences:
         return Proof(
             "failed", False, difference, bound, effect, compared, "; ".join(differences) + ".", tuple(differences)
