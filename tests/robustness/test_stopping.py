@@ -76,3 +76,20 @@ def test_second_interrupt_leaves_at_once_and_loses_nothing_published(reference, 
     done = resume(setup, None, "callbacks=[]")
     assert done.code == 0, done.text
     assert_same_run(setup.run, reference.run)
+
+
+def test_asked_to_stop_during_the_proof_it_exits_75_and_resume_proves(reference, tmp_path):
+    setup = Setup(reference.home, tmp_path / "run", reference.run_file)
+    running = Running(setup, ["train", str(setup.run_file), f"output={setup.run}"], proof=True)
+    running.wait_until(lambda: (setup.run / ".partial-final").exists())
+    running.signal(signal.SIGTERM)
+    done = running.end(seconds=15)
+    assert done.code == 75, done.text
+    assert "before the result was proven" in done.text
+    assert "Traceback" not in done.text
+    assert not (setup.run / "final").exists()
+    assert newest(setup.run) == STEPS
+    done = resume(setup, None, proof=True)
+    assert done.code == 0, done.text
+    assert_same_run(setup.run, reference.run)
+    assert (setup.run / "final" / "proof.json").is_file()

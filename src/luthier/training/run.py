@@ -17,7 +17,7 @@ from luthier.artifacts.run_folder import Found, published
 from luthier.checkpoint.retain import newest_whole
 from luthier.config.read import parse_run
 from luthier.config.schema import RunConfig
-from luthier.errors import ArtifactError, LuthierError
+from luthier.errors import ArtifactError, LuthierError, Stopped
 from luthier.models import adapters
 from luthier.report.metrics import read_metrics
 from luthier.training import finish, metrics, numerics
@@ -118,21 +118,31 @@ def _train(session: Session, events: Events) -> Run:
         say(note)
     parts = session.parts(base, model, prepared, batches, total, events)
     progress = Progress(total, state.step)
-    try:
-        with stoppable(progress.say) as stop:
+    with stoppable(progress.say) as stop:
+        try:
             Loop(parts, state, progress, stop).run()
-    except Exception as error:
-        finish.settle(parts.checkpoints, say)
-        finish.write_page(run, say)
-        events.close()
-        raise explained(error, session.device) from error
-    finally:
-        progress.close()
-        parts.metrics.close()
-    trained = finish.ask_live_model(parts, base, state, prepared)
-    del parts, base, model, batches
-    final, _ = finish.prove(trained, say)
+        except Exception as error:
+            finish.settle(parts.checkpoints, say)
+            finish.write_page(run, say)
+            events.close()
+            raise explained(error, session.device) from error
+        finally:
+            progress.close()
+            parts.metrics.close()
+        stop.leave_at_once(lambda reason: _stopped_before_proof(run, reason))
+        trained = finish.ask_live_model(parts, base, state, prepared)
+        del parts, base, model, batches
+        final, _ = finish.prove(trained, say)
     return Run(run, final, finish.stored_proof(final))
+
+
+def _stopped_before_proof(run: Path, reason: str) -> Stopped:
+    return Stopped(
+        f"stopped on {reason} after the last step, before the result was proven; the checkpoint is published.",
+        code="stopped",
+        where=str(run),
+        remedy=f"Prove it with: luthier resume {run}",
+    )
 
 
 def explained(error: Exception, device: torch.device) -> Exception:

@@ -1,4 +1,4 @@
-"""Stopping on request: finish the step, publish, leave. A second interrupt leaves at once."""
+"""Stopping on request: finish the step, publish, leave. A second interrupt leaves at once, and so does one after the last step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason = ""
+        self._leaving: Callable[[str], Exception] | None = None
+
+    def leave_at_once(self, error: Callable[[str], Exception]) -> None:
+        """From here on a request raises ``error(reason)`` where the program stands; one made before raises it now."""
+        self._leaving = error
+        if self.reason:
+            raise error(self.reason)
+
+    def take(self, reason: str) -> None:
+        """Note a request, or leave."""
+        self.reason = reason
+        if self._leaving is not None:
+            raise self._leaving(reason)
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -35,7 +48,7 @@ def stoppable(say: Callable[[str], None]) -> Iterator[StopRequest]:
         name = signal.Signals(number).name
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.reason = name
+        request.take(name)
         text = f"{name}: finishing this step and publishing a checkpoint; interrupt again to leave at once"
         # This thread may have been interrupted while printing, or while starting a thread, and hold the locks that
         # `say` or `threading.Thread` need; it would wait for itself for ever.
