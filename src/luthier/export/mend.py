@@ -75,6 +75,7 @@ def mend(
     rslora: bool = False,
     rank: int | None = None,
     recover_adapter: bool = False,
+    prove: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Mended:
     """Write a repaired copy of ``src`` as ``dst``, where the remedy is certain.
@@ -84,6 +85,7 @@ def mend(
         alpha, rslora: what an adapter without adapter_config.json was trained with; no tensor tells.
         rank: recover the adapter from a merged ``src`` and ``base`` with this rank.
         recover_adapter: recover it with ranks from the spectrum; also done where nothing else is wrong and ``base`` is given.
+        prove: let plain libraries compute the result's logits in a process of their own; the coverage check is made anyway.
 
     Raises:
         RequestError: nothing is wrong, something must be given, or no remedy is certain.
@@ -106,7 +108,7 @@ def mend(
         _recover(repair, rank, say)
     if not repair.done:
         raise _nothing(repair.source)
-    checked = _publish(repair, target)
+    checked = _publish(repair, target, prove)
     return Mended(target, repair.kind, tuple(repair.done), checked, repair.table)
 
 
@@ -145,7 +147,7 @@ def _read(repair: _Repair) -> Source:
             repair.did("from-checkpoint", f"The folder held no weights; taken from {path.name}, the newest whole one{passed}.")  # fmt: skip
             repair.source = path
             return read
-    raise RequestError("there are no weights here" + (f": {'; '.join(broken)}" if broken else "") + ".", code="no-weights", where=str(folder), remedy="Give the folder that holds them.")  # fmt: skip
+    raise ArtifactError("there are no weights here" + (f": {'; '.join(broken)}" if broken else "") + ".", code="no-weights", where=str(folder), remedy="Give the folder that holds them.")  # fmt: skip
 
 
 def _tensors(repair: _Repair, read: Source) -> None:
@@ -166,7 +168,9 @@ def _tensors(repair: _Repair, read: Source) -> None:
     if read.nested is not None:
         repair.did("unnested", f"The tensors lay under {read.nested!r}.")
     if read.pickled:
-        repair.did("safetensors", f"{len(read.files)} PyTorch file{'s' * (len(read.files) > 1)} written as safetensors.")
+        repair.did(
+            "safetensors", f"{len(read.files)} PyTorch file{'s' * (len(read.files) > 1)} written as safetensors."
+        )
     elif read.index is None and len(read.files) > 1:
         repair.did("index", f"The index of {len(read.files)} shards was missing; written anew.")
     elif read.index is not None and indexed(read.index) != read.file_of:
@@ -308,7 +312,7 @@ def _recover(repair: _Repair, rank: int | None, say: Callable[[str], None]) -> N
     repair.did("recovered", f"An adapter for {len(found.layers)} layers recovered from the difference to the base; at most {worst:.2g} of a layer's difference remains{whole}.")  # fmt: skip
 
 
-def _publish(repair: _Repair, target: Path) -> str:
+def _publish(repair: _Repair, target: Path, prove: bool) -> str:
     check_room(target, repair.items.values(), repair.small)
     partial = publish.begin(target)
     try:
@@ -317,7 +321,7 @@ def _publish(repair: _Repair, target: Path) -> str:
         for name, data in repair.small.items():
             contents.add(partial, name, data)
         merged = repair.source if "recovered" in repair.facts else None
-        checked = check_mended(partial, repair.kind, repair.base, merged)
+        checked = check_mended(partial, repair.kind, repair.base, merged, prove=prove)
         if checked.proof is not None:
             contents.add(partial, "proof.json", checked.proof.to_bytes())
         facts = {**repair.facts, **checked.facts, "done": repair.done, "checked": checked.says}

@@ -26,7 +26,7 @@ class Checked:
     proof: Proof | None = None
 
 
-def check_mended(folder: Path, kind: str, base: Path | None, merged: Path | None) -> Checked:
+def check_mended(folder: Path, kind: str, base: Path | None, merged: Path | None, *, prove: bool) -> Checked:
     """Open a mended folder, with a coverage check, and prove it by plain libraries where a tokenizer is at hand.
 
     Args:
@@ -53,13 +53,18 @@ def check_mended(folder: Path, kind: str, base: Path | None, merged: Path | None
     probe = make_probe(model, [tokenizer(text)["input_ids"] for text in TEXTS], deterministic=False, trust_remote_code=False)  # fmt: skip
     live = live_answers(model, tokenizer, probe)
     del model
-    if kind == "adapter" and not _has_tokenizer(folder):
-        return Checked("Opened on its base with every tensor in its place; not proven, for want of a tokenizer.")
-    proof = compare(live, plain_answers(folder, probe, base=str(base) if base else None), device=probe.device)
-    if proof.verdict == "failed":
+    says = "Opened with every tensor in its place; "
+    proof = None
+    if not prove:
+        says += "no proof was asked for."
+    elif not _has_tokenizer(folder):
+        says += "not proven, for want of a tokenizer (--base BASE gives one)."
+    else:
+        proof = compare(live, plain_answers(folder, probe, base=str(base) if base else None), device=probe.device)
+        says += f"proof {proof.verdict}: {proof.says}"
+    if proof is not None and proof.verdict == "failed":
         raise ArtifactError(f"the proof failed: {proof.says}", code="proof-failed", where=str(folder), remedy="Nothing was published.")  # fmt: skip
     facts: dict[str, Any] = {}
-    says = f"Opened with every tensor in its place; proof {proof.verdict}: {proof.says}"
     if merged is not None:
         whole = _open_model(merged)
         wanted = live_answers(whole.to(getattr(torch, probe.dtype)), tokenizer, probe).logits

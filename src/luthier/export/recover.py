@@ -191,9 +191,7 @@ def _rounding(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(value == 0, 0.0, unit.square() / 12)
 
 
-def _svd(
-    delta: torch.Tensor, floor: float, rank: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+def _svd(delta: torch.Tensor, floor: float, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
     smaller = min(delta.shape)
     if smaller <= EXACT:
         left, values, right = torch.linalg.svd(delta, full_matrices=False)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import torch
 
-from luthier.artifacts.files import allocate, flush_file, free_bytes, full_disk_named, open_binary, readable_size, write_at, write_file  # fmt: skip
+from luthier.artifacts.files import (  # fmt: skip
+    allocate,
+    flush_file,
+    free_bytes,
+    full_disk_named,
+    open_binary,
+    readable_size,
+    write_at,
+    write_file,
+)
 from luthier.artifacts.manifest import Digest, digest_file, stretches
 from luthier.artifacts.tensorfile import Place, plan_files
 from luthier.errors import LuthierError
