@@ -153,6 +153,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("--rslora", action="store_true", help="the adapter was trained with rank-stabilised scaling")
         add("--rank", type=int, metavar="R", help="recover the adapter from a merged SRC and --base, with this rank")
         add("--recover", action="store_true", help="recover it, with ranks chosen from the spectrum")
+        add("--no-proof", action="store_true", help="don't let plain libraries compute the result's logits")
     if verb == "demo":
         add("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
     return parser
@@ -255,7 +256,7 @@ def _mend(options: Namespace) -> int:
 
     made = mend(
         _meant(options.source), options.target, base=options.base, alpha=options.alpha, rslora=options.rslora,
-        rank=options.rank, recover_adapter=options.recover, say=_say_progress,
+        rank=options.rank, recover_adapter=options.recover, prove=not options.no_proof, say=_say_progress,
     )  # fmt: skip
     _print_json(made.as_dict()) if options.json else print(made)
     return 0

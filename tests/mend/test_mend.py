@@ -12,7 +12,12 @@ from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import luthier
+from luthier.artifacts.tensorfile import TensorSpec
 from luthier.artifacts.verify import verify_all
+from luthier.cli import main
+from luthier.export.mend import _publish, _Repair
+from luthier.export.tensor_source import Item
+from luthier.export.tensor_writer import check_room
 
 mend = functools.partial(luthier.mend, prove=False)  # the tests open results plainly themselves; one keeps the proof
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -146,6 +151,9 @@ def test_lost_adapter_config_is_rebuilt_to_the_same_logits(tmp_path, base, confi
         assert refusal.value.code == "cannot-know"
     mend(tmp_path / "src", tmp_path / "out", base=base, alpha=8 if lora else None, rslora=lora and config.use_rslora)  # fmt: skip
     assert torch.equal(opened(base, tmp_path / "out"), logits(model))
+    saved_whole = json.loads((tmp_path / "out/adapter_config.json").read_text())["modules_to_save"] or []
+    assert not any("base_layer" in name or "embed" in name for name in saved_whole)
+    assert ("model.norm" in saved_whole) == getattr(config, "use_dora", False)
 
 
 def test_method_that_shapes_do_not_determine_is_refused_by_name(tmp_path, base):
@@ -200,3 +208,30 @@ def test_failure_while_checking_leaves_nothing(tmp_path, base):
     with pytest.raises(luthier.ArtifactError, match=r"model\.norm\.weight"):
         mend(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_command_line_mends_and_says_what_was_done(tmp_path, base, capsys):
+    saved(base, tmp_path / "src")
+    (tmp_path / "src/adapter_config.json").unlink()
+    arguments = ["mend", str(tmp_path / "src"), str(tmp_path / "out"), "--base", str(base)]
+    assert main(arguments) == 2
+    assert "--alpha A" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*arguments, "--alpha", "8", "--no-proof", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "adapter"
+
+
+def test_disk_without_room_is_named_before_anything_is_written(tmp_path, base):
+    items = [Item(TensorSpec("x", "F32", (2**50,)), lambda: torch.empty(0))]
+    with pytest.raises(luthier.LuthierError, match="are needed") as refusal:
+        check_room(tmp_path / "out", items, {})
+    assert refusal.value.code == "disk-full"
+
+
+def test_interrupt_while_writing_leaves_nothing(tmp_path, base):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    repair = _Repair(tmp_path, None, items={"x": Item(TensorSpec("x", "F32", (4,)), interrupted)})
+    with pytest.raises(KeyboardInterrupt):
+        _publish(repair, tmp_path / "out", prove=False)
+    assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ def plain(folder):
 
 def test_fp32_merge_gives_the_true_rank_and_the_merged_logits(tmp_path):
     base, merged = make_merged(tmp_path, dtype=torch.float32)
-    made = luthier.mend(merged, tmp_path / "out", base=base)
+    made = recover(merged, tmp_path / "out", base=base)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 4, {})
     assert config["target_modules"] == sorted(TARGETS)
@@ -62,8 +62,14 @@ def test_fp32_merge_gives_the_true_rank_and_the_merged_logits(tmp_path):
     assert facts["against_merged"]["max_logit_difference"] < 1e-3
     scale = float((plain(merged) - plain(base)).abs().max())
     assert float((recovered(base, tmp_path / "out") - plain(merged)).abs().max()) < 1e-4 * scale
-    assert json.loads((tmp_path / "out/proof.json").read_text())["passed"]
     assert "relative error" in str(made)
+
+
+@pytest.mark.slow
+def test_recovered_adapter_is_proven_by_plain_libraries(tmp_path):
+    base, merged = make_merged(tmp_path, dtype=torch.float32)
+    luthier.mend(merged, tmp_path / "out", base=base)
+    assert json.loads((tmp_path / "out/proof.json").read_text())["passed"]
 
 
 def test_bf16_merge_is_recovered_as_far_as_rounding_allows_and_says_how_far(tmp_path):

@@ -175,7 +175,20 @@ def _tensors(repair: _Repair, read: Source) -> None:
         repair.did("index", f"The index of {len(read.files)} shards was missing; written anew.")
     elif read.index is not None and indexed(read.index) != read.file_of:
         repair.did("index", "The index named wrong files or left tensors out; written anew.")
+    if adapter and repair.base is not None:
+        _without_copies(repair)
     repair.metadata = {**{k: v for k, v in read.metadata.items() if k.startswith("luthier.")}, "format": "pt"}
+
+
+def _without_copies(repair: _Repair) -> None:
+    """peft writes an adapted embedding's own weight beside its adapter; where it is the base's, the base has it."""
+    assert repair.base is not None
+    base = _base_items(repair.base)
+    for name in [name for name in repair.items if ".base_layer." in name]:
+        original = base.get(name.removeprefix(names.PEFT).replace(".base_layer.", "."))
+        if original is not None and original.spec.shape == repair.items[name].spec.shape and torch.equal(original.load(), repair.items[name].load()):  # fmt: skip
+            del repair.items[name]
+            repair.did("copy", f"{name} is the base's own weight; left to the base.")
 
 
 def _whole_peft(items: Mapping[str, Item]) -> bool:

@@ -46,6 +46,7 @@ def check_mended(folder: Path, kind: str, base: Path | None, merged: Path | None
             return Checked("Not opened, because its base is not at hand (--base BASE).")
         from luthier.models.saved_adapter import open_adapter
 
+        model: Any
         model, tokenizer = open_adapter(open_base(ModelConfig(path=str(where))), folder, trainable=False)
     else:
         opened = open_base(ModelConfig(path=str(folder)))
@@ -81,6 +82,7 @@ def _open_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+        opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+    model, loading = opened
     check_coverage(loading, str(folder))
     return model.eval()

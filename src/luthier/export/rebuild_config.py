@@ -51,6 +51,9 @@ def rebuild(
     else:
         found = ", ".join(sorted(parts)) or "none that peft writes"
         raise _refused(f"its adapter_config.json is missing, and the adapter's tensors ({found}) don't determine one.", where)  # fmt: skip
+    copied = next((name for name in specs if ".base_layer." in name), None)
+    if copied is not None:
+        raise _refused(f"{copied} is no part of the adapter and not the base's either, so the vocabulary or the base is another.", where)  # fmt: skip
     saved = sorted({name.removeprefix(PEFT).rpartition(".")[0] for name in specs if not _own(name)})
     for module in saved:
         shape = specs[f"{PEFT}{module}.weight"].shape if f"{PEFT}{module}.weight" in specs else None

@@ -21,6 +21,7 @@ from luthier.artifacts.files import (  # fmt: skip
 )
 from luthier.artifacts.manifest import Digest, digest_file, stretches
 from luthier.artifacts.tensorfile import Place, plan_files
+from luthier.checkpoint.shards import Shard
 from luthier.errors import LuthierError
 from luthier.export.tensor_source import Item
 
@@ -77,4 +78,5 @@ def write_tensors(folder: Path, items: Mapping[str, Item], stem: str, metadata: 
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return Shard(flat, 0).bytes if flat.numel() else memoryview(b"")
