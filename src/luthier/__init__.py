@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # typing takes longer to import than this package; type c
 if TYPE_CHECKING:
     from typing import Any
 
-    from luthier.api import describe, load, resume, save, train
+    from luthier.api import describe, load, mend, resume, save, train
     from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.config.schema import RunConfig
 
@@ -22,12 +22,13 @@ _HOMES = {
     "save": "luthier.api",
     "train": "luthier.api",
     "resume": "luthier.api",
+    "mend": "luthier.api",
     "describe": "luthier.api",
     "Checkpoints": "luthier.checkpoint.checkpoints",
     "RunConfig": "luthier.config.schema",
 }
 
-__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "describe", "load", "resume", "save", "train"]  # fmt: skip
+__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "describe", "load", "mend", "resume", "save", "train"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from luthier.checkpoint.layout import is_adapter
 from luthier.config.read import parse_run, read_resolved, read_run
 from luthier.config.schema import ModelConfig, Precision, RunConfig
 from luthier.errors import ArtifactError, RequestError
+from luthier.export.mend import mend
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.models.open import Base, open_base
 from luthier.training import run as runs
@@ -24,6 +25,8 @@ from luthier.training.base_folder import write_folder
 from luthier.training.locate import Location, locate
 from luthier.training.resolve import pick_device
 from luthier.training.run import Run
+
+__all__ = ["Description", "Written", "describe", "load", "mend", "prove", "resume", "save", "train"]
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的狐狸。 0123456789"
 

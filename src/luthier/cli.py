@@ -26,6 +26,7 @@ VERBS = {
     "verify": ("PATH", "read everything back against the manifest"),
     "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
+    "mend": ("SRC DST [--base PATH]", "write a repaired copy where the remedy is certain"),
     "chat": ("PATH [--prompt TEXT]", "talk to whatever is there"),
     "schema": ("", "the run file's JSON Schema, for editors"),
     "demo": ("", "a small real model and a small real data set, end to end"),
@@ -125,7 +126,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("--dry-run", action="store_true", help="the same as `luthier plan`")
     if verb in ("inspect", "verify", "prove", "eval", "chat"):
         add("path", metavar="PATH", help="a run, RUN@best, a checkpoint, an adapter, a model folder or a GGUF file")
-    if verb in ("inspect", "verify", "eval", "prove", "plan"):
+    if verb in ("inspect", "verify", "eval", "prove", "plan", "mend"):
         add("--json", action="store_true", help="print one JSON object")
     if verb == "data":
         add("--samples", type=int, default=3, metavar="N", help="how many samples to show (3)")
@@ -144,6 +145,15 @@ def _parser(verb: str) -> ArgumentParser:
         add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token (0)")
     if verb in ("eval", "chat"):
         add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
+    if verb == "mend":
+        add("source", metavar="SRC", help="what to mend; it is never touched")
+        add("target", metavar="DST", help="the repaired copy, a folder that does not exist yet")
+        add("--base", metavar="PATH", help="the base model's folder")
+        add("--alpha", type=float, metavar="A", help="LoRA's alpha, where the adapter's config is lost")
+        add("--rslora", action="store_true", help="the adapter was trained with rank-stabilised scaling")
+        add("--rank", type=int, metavar="R", help="recover the adapter from a merged SRC and --base, with this rank")
+        add("--recover", action="store_true", help="recover it, with ranks chosen from the spectrum")
+        add("--no-proof", action="store_true", help="don't let plain libraries compute the result's logits")
     if verb == "demo":
         add("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
     return parser
@@ -241,6 +251,17 @@ def _eval(options: Namespace) -> int:
     return 0
 
 
+def _mend(options: Namespace) -> int:
+    from luthier.export.mend import mend
+
+    made = mend(
+        _meant(options.source), options.target, base=options.base, alpha=options.alpha, rslora=options.rslora,
+        rank=options.rank, recover_adapter=options.recover, prove=not options.no_proof, say=_say_progress,
+    )  # fmt: skip
+    _print_json(made.as_dict()) if options.json else print(made)
+    return 0
+
+
 def _chat(options: Namespace) -> int:
     from luthier.api import load
     from luthier.training.chat import ChatOptions, chat_loop, chat_once
@@ -297,5 +318,5 @@ def _print_json(value: Any) -> None:
 
 _RUN: dict[str, Callable[[Namespace], int]] = {
     "train": _train, "resume": _resume, "plan": _plan, "data": _data, "inspect": _inspect, "verify": _verify,
-    "prove": _prove, "eval": _eval, "chat": _chat, "schema": _schema, "demo": _demo,
+    "prove": _prove, "eval": _eval, "mend": _mend, "chat": _chat, "schema": _schema, "demo": _demo,
 }  # fmt: skip

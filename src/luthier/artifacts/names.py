@@ -39,15 +39,20 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
+def of_model(name: str) -> str:
+    """The name that transformers writes to a file for a model's tensor: ``base_model.model.model.norm.weight`` → ``model.norm.weight``."""
+    name = unwrapped(name)
+    while name.startswith(PEFT):
+        name = unwrapped(name.removeprefix(PEFT))
+    return name
+
+
 def of_adapter(name: str) -> AdapterName:
     """The name that peft writes to a file for an adapter's tensor, whatever it was saved as.
 
     ``module.base_model.model.base_model.model.x.lora_A.default.weight`` → ``base_model.model.x.lora_A.weight``, ``default``.
     """
-    name = unwrapped(name)
-    while name.startswith(PEFT):
-        name = unwrapped(name.removeprefix(PEFT))
-    parts = name.split(".")
+    parts = of_model(name).split(".")
     own = next((index for index, part in enumerate(parts) if part.startswith(ADAPTER_PARTS)), None)
     inner = None
     if own is not None and len(parts) > own + 1 and parts[own + 1] not in _LEAVES:
@@ -75,7 +80,7 @@ def renamed(names: Iterable[str], *, adapter: bool, where: str) -> dict[str, str
     result: dict[str, str] = {}
     taken: dict[str, str] = {}
     for name in names:
-        plain = of_adapter(name).name if adapter else unwrapped(name)
+        plain = of_adapter(name).name if adapter else of_model(name)
         if plain in taken:
             raise ArtifactError(
                 f"{taken[plain]} and {name} both stand for {plain}.",
