@@ -105,7 +105,7 @@ def load(
     if found is None:  # a hub id
         opened = _open(os.fspath(path), precision, where, trust_remote_code)
         return _made_trainable(opened.model, trainable), opened.tokenizer
-    if found.kind not in ("base", "gguf", "adapter", "checkpoint"):
+    if found.kind not in ("base", "merged", "gguf", "adapter", "checkpoint", "trainer_checkpoint"):
         raise RequestError(
             f"this is of kind {found.kind}, which this version cannot load.", code="kind", where=str(found.path)
         )
@@ -232,7 +232,7 @@ def prove(path: str | os.PathLike[str], against: str | os.PathLike[str]) -> Proo
 def _weights_folder(location: Location) -> Path:
     if location.kind == "checkpoint":
         return location.path / ("adapter" if (location.path / "adapter").is_dir() else "model")
-    if location.kind in ("adapter", "base"):
+    if location.kind in ("adapter", "base", "merged", "trainer_checkpoint"):
         return location.path
     raise RequestError(
         f"plain libraries have no way to open kind {location.kind}.", code="kind", where=str(location.path)

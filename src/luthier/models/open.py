@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from luthier.artifacts.gguf_header import GgufHeader, read_gguf_header
 from luthier.config.schema import ModelConfig
 from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
@@ -22,7 +23,6 @@ from luthier.models import hub
 from luthier.models.coverage import check_coverage
 from luthier.models.folder import check_config, check_folder, read_json
 from luthier.models.gguf import gguf_config, open_gguf
-from luthier.models.gguf_header import GgufHeader, read_gguf_header
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import DTYPES, resolve_precision
 from luthier.models.quiet import quiet
