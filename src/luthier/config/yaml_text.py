@@ -61,7 +61,7 @@ def load(text: str, where: str) -> Document:
         raise _syntax_error(error, where) from error
     except RecursionError:
         raise RequestError("This YAML is nested too deeply.", code="yaml", where=where) from None
-    except (ValueError, TypeError, OverflowError) as error:  # a value that its own tag does not allow
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a value that its own tag does not allow
         raise RequestError(f"This is not valid YAML: {error}.", code="yaml", where=where) from error
     finally:
         loader.dispose()
