@@ -19,6 +19,7 @@ from luthier.config.schema import ModelConfig, Precision, RunConfig
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.models.open import Base, open_base
+from luthier.models.refused import refused
 from luthier.training import run as runs
 from luthier.training.base_folder import write_folder
 from luthier.training.locate import Location, locate
@@ -76,6 +77,7 @@ def resume(run: str | os.PathLike[str], overrides: Collection[str] = (), *, allo
     return runs.resume(Path(run), overrides, allow=allow, say=say)
 
 
+@refused
 def load(
     path: str | os.PathLike[str],
     *,

@@ -78,25 +78,33 @@ def _change(draw: Callable, value: Any) -> Any:
     return value
 
 
-def _json(draw: Callable, path: Path) -> None:
+def _json(draw: Callable, path: Path) -> str | None:
     try:
         value = json.loads(path.read_bytes())
     except ValueError:
         return _bytes(draw, path)
+    before = json.dumps(value)
     path.write_text(json.dumps(_change(draw, value)))
-    return None
+    return _difference(before, path.read_text())
 
 
-def _header(draw: Callable, path: Path) -> None:
+def _difference(one: str, other: str) -> str:
+    """The parts of two texts that differ, cut short."""
+    start = len(os.path.commonprefix([one, other]))
+    return f"{one[max(0, start - 40) : start + 60]!r} → {other[max(0, start - 40) : start + 60]!r}"
+
+
+def _header(draw: Callable, path: Path) -> str | None:
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0] if len(data) > 8 else 0
     try:
         value = json.loads(data[8 : 8 + length])
     except ValueError:
         return _bytes(draw, path)
+    before = json.dumps(value)
     body = json.dumps(_change(draw, value)).encode()
     path.write_bytes(struct.pack("<Q", len(body)) + body + data[8 + length :])
-    return None
+    return _difference(before, body.decode())
 
 
 @st.composite
@@ -113,6 +121,6 @@ def damages(draw: Callable, folder: Path, copy: Path, *, only: Callable[[str], b
         ways = [_bytes, _length, _gone]
         ways += [_json] * 4 if name.endswith(".json") else [_header] * 4 if name.endswith(".safetensors") else []
         way = draw(st.sampled_from(ways))
-        way(draw, copy / name)
-        done.append(f"{way.__name__} {name}")
+        what = way(draw, copy / name)
+        done.append(f"{way.__name__} {name} {what or ''}")
     return done

@@ -234,6 +234,7 @@ def _weights(contents: Contents, kind: str, *, home: Contents | None = None) -> 
     else:
         result.facts["architecture"] = _architecture(config)
         result.facts["has_tokenizer"] = bool({"tokenizer_config.json", "tokenizer.json"} & set(contents.files))
+    result.problems += problems.of_templates(contents)
     result.problems = list(dict.fromkeys([*result.problems, *contents.problems]))
     result.opens_with = _ways(result, contents)
     return result

@@ -16,6 +16,7 @@ from luthier.artifacts.contents import ADAPTER_CONFIG, SHARD, Contents, is_cut
 from luthier.artifacts.kinds import has_adapter_weights, has_model_weights
 from luthier.artifacts.manifest import Problem
 from luthier.artifacts.names import PEFT, is_adapters, of_adapter, unwrapped
+from luthier.artifacts.templates import LONGEST, check_template
 from luthier.artifacts.tensorfile import Place
 from luthier.errors import ArtifactError
 
@@ -153,6 +154,28 @@ def _has_template(contents: Contents) -> bool:
     if {"chat_template.jinja", "chat_template.json"} & set(contents.files) or "additional_chat_templates" in contents.folders:  # fmt: skip
         return True
     return bool(contents.json("tokenizer_config.json").get("chat_template"))
+
+
+def of_templates(contents: Contents) -> list[Problem]:
+    """Chat templates that try to escape their sandbox, or to exhaust the machine, and code that a folder brings."""
+    found: list[Any] = [contents.json(name).get("chat_template") for name in ("tokenizer_config.json", "chat_template.json")]  # fmt: skip
+    problems = []
+    try:
+        if contents.files.get("chat_template.jinja", LONGEST + 1) <= LONGEST:
+            found.append((contents.path / "chat_template.jinja").read_text(encoding="utf-8"))
+        elif "chat_template.jinja" in contents.files:
+            problems.append(Problem("template-exhausts", "chat_template.jinja is larger than any template.", AGAIN))
+        check_template([text for text in found if text], str(contents.path))
+    except ArtifactError as error:
+        problems.append(from_error(error))
+    except (OSError, UnicodeDecodeError):
+        problems.append(Problem("broken-template", "chat_template.jinja cannot be read as UTF-8.", AGAIN))
+    coded = [name for name in ("config.json", "tokenizer_config.json", "processor_config.json") if contents.json(name).get("auto_map")]  # fmt: skip
+    if contents.json(ADAPTER_CONFIG).get("auto_mapping"):
+        coded.append(ADAPTER_CONFIG)
+    if coded:
+        problems.append(Problem("brings-code", f"{coded[0]} names Python code to run.", "Luthier runs none of it unless model.trust_remote_code is set; read it before you do.", fault=False))  # fmt: skip
+    return problems
 
 
 def _last_token(contents: Contents) -> int | None:

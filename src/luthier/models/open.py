@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from luthier.artifacts.gguf_header import GgufHeader, read_gguf_header
+from luthier.artifacts.templates import check_template
 from luthier.config.schema import ModelConfig
 from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
@@ -188,6 +189,7 @@ def _load_tokenizer(model: ModelConfig, source: BaseSource) -> PreTrainedTokeniz
             where=source.name,
             remedy="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
         ) from error
+    check_template(tokenizer.chat_template, source.name)
     for name in ("is_local", "local_files_only"):  # how it was found would be saved with it
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
