@@ -1,4 +1,4 @@
-"""An adapter that names a module to import: `AutoPeftModel` imports it from wherever Python finds it, the working directory included."""
+"""An adapter that names a module to import: `AutoPeftModel` imported it, from wherever Python finds it, until peft had a list of modules that it allows."""
 
 from pathlib import Path
 

@@ -90,7 +90,7 @@ def _json(draw: Callable, path: Path) -> str | None:
 
 def _difference(one: str, other: str) -> str:
     """The parts of two texts that differ, cut short."""
-    start = len(os.path.commonprefix([one, other]))
+    start = next((at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)
     return f"{one[max(0, start - 40) : start + 60]!r} → {other[max(0, start - 40) : start + 60]!r}"
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "artifacts")]
-
 from damage import damages
 from folders import make_adapter, make_distcp, make_model, make_shards, make_trainer_checkpoint, write_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.gguf_header import read_gguf_header

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from damage import damages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from damage import damages
 from peft import LoraConfig, get_peft_model
 from tiny import make_llama, make_tokenizer
 from transformers import AutoModelForCausalLM
