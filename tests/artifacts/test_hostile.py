@@ -231,7 +231,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
 
 @pytest.mark.parametrize(
     "text",
-    [BOMB + "model: *a19\n", MERGES, "[" * 20_000, "a: &a [*a]\n", "model: !!python/object/apply:os.system ['false']", "- 1",
+    [BOMB + "model: *a19\n", MERGES, "[" * 20_000, "[" * 3_000_000, "- " * 20_000, "a: " + "{" * 400, "a: &a [*a]\n", "model: !!python/object/apply:os.system ['false']", "- 1",
      "model: [1]", "\x00", "a: 2020-99-99", "a: !!int x", "? [a]\n: 1", "x" * 10_000_000, "a: !!timestamp x", "<<: 1"],
     ids=lambda text: text[:12],
 )  # fmt: skip

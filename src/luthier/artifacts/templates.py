@@ -28,13 +28,14 @@ def check_template(template: Any, where: str) -> None:
         ArtifactError: it does. A template that is no valid Jinja is left to what renders it.
     """
     for text in _texts(template):
-        for code, why in _findings(text):
-            raise ArtifactError(
-                f"its chat template {why}.",
-                code=code,
-                where=where,
-                remedy="Do not open this folder; get it, or a template that you have read, from a source you trust.",
-            )
+        for error in _findings(text):
+            error.where = where
+            raise error
+
+
+def _error(code: str, why: str) -> ArtifactError:
+    remedy = "Do not open this folder; get it, or a template that you have read, from a source you trust."
+    return ArtifactError(f"its chat template {why}.", code=code, remedy=remedy)
 
 
 def _texts(template: Any) -> list[str]:
@@ -45,40 +46,42 @@ def _texts(template: Any) -> list[str]:
     return [text for item in template for text in _texts(item)] if isinstance(template, list) else []
 
 
-def _findings(text: str) -> Iterator[tuple[str, str]]:
+def _findings(text: str) -> Iterator[ArtifactError]:
     from jinja2 import Environment, TemplateError, nodes
 
     if len(text) > LONGEST:
-        yield "template-exhausts", f"has {len(text)} characters"
+        yield _error("template-exhausts", f"has {len(text)} characters")
         return
     try:  # parsing computes nothing; compiling would
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKERS.sub("", text))
     except TemplateError:
         return
     except RecursionError:
-        yield "template-exhausts", "is nested without end"
+        yield _error("template-exhausts", "is nested without end")
         return
     try:
         yield from _in_tree(tree, nodes)
     except RecursionError:
-        yield "template-exhausts", "is nested without end"
+        yield _error("template-exhausts", "is nested without end")
 
 
-def _in_tree(tree: Any, nodes: Any) -> Iterator[tuple[str, str]]:
+def _in_tree(tree: Any, nodes: Any) -> Iterator[ArtifactError]:
     for node in tree.find_all((nodes.Getattr, nodes.Name, nodes.Const, nodes.Pow, nodes.For, nodes.Filter)):
         if isinstance(node, nodes.Getattr) and node.attr.startswith("__"):
-            yield "template-escape", f"reaches for {node.attr}, which leads to Python's inside"
+            yield _error("template-escape", f"reaches for {node.attr}, which leads to Python's inside")
         elif isinstance(node, nodes.Const) and isinstance(node.value, str) and re.search(r"__\w+__", node.value):
-            yield "template-escape", f"holds the name {node.value[:60]!r}, which leads to Python's inside"
+            yield _error("template-escape", f"holds the name {node.value[:60]!r}, which leads to Python's inside")
         elif isinstance(node, nodes.Const) and isinstance(node.value, int | float) and abs(node.value) > LARGEST_NUMBER:
-            yield "template-exhausts", f"counts to {node.value:g}" if abs(node.value) < 1e300 else "counts without end"
+            yield _error(
+                "template-exhausts", f"counts to {node.value:g}" if abs(node.value) < 1e300 else "counts without end"
+            )
         elif isinstance(node, nodes.Pow) and not _small(node, nodes):
-            yield "template-exhausts", "raises to a power"
+            yield _error("template-exhausts", "raises to a power")
         elif isinstance(node, nodes.For):
             yield from _in_loop(node, nodes)
     for node in tree.find_all(nodes.Mul):
         if _product(node, nodes) > LARGEST_NUMBER:
-            yield "template-exhausts", "multiplies to more than any conversation needs"
+            yield _error("template-exhausts", "multiplies to more than any conversation needs")
 
 
 def _small(power: Any, nodes: Any) -> bool:
@@ -94,16 +97,16 @@ def _product(node: Any, nodes: Any) -> float:
     return 1
 
 
-def _in_loop(loop: Any, nodes: Any) -> Iterator[tuple[str, str]]:
+def _in_loop(loop: Any, nodes: Any) -> Iterator[ArtifactError]:
     inner = [node for node in [loop, *loop.find_all(nodes.For)] if _over_range(node, nodes)]
     if len(inner) > _NESTED_RANGES and _depth(loop, nodes) > _NESTED_RANGES:
-        yield "template-exhausts", "counts within counting within counting"
+        yield _error("template-exhausts", "counts within counting within counting")
     for assign in loop.find_all(nodes.Assign):
         for grown in (nodes.Add, nodes.Concat):
             for node in assign.node.find_all(grown) if not isinstance(assign.node, grown) else [assign.node]:
                 names = [_named(part, nodes) for part in (node.nodes if grown is nodes.Concat else (node.left, node.right))]  # fmt: skip
                 if any(name and names.count(name) > 1 for name in names):
-                    yield "template-exhausts", "doubles a text in a loop"
+                    yield _error("template-exhausts", "doubles a text in a loop")
 
 
 def _over_range(loop: Any, nodes: Any) -> bool:

@@ -12,6 +12,7 @@ from luthier.errors import RequestError
 
 LARGEST = 4 * 2**20  # characters
 MOST_VALUES = 200_000
+DEEPEST = 500  # brackets within brackets
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _FLOAT = "tag:yaml.org,2002:float"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -45,6 +46,8 @@ def load(text: str, where: str) -> Document:
     """
     if len(text) > LARGEST:
         raise RequestError(f"This YAML file has {len(text)} characters, more than any run file needs.", code="yaml", where=where)  # fmt: skip
+    if _brackets(text) > DEEPEST:  # PyYAML's time grows with the square of it
+        raise RequestError("This YAML is nested too deeply.", code="yaml", where=where)
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # a character that YAML does not allow
@@ -70,6 +73,15 @@ def load(text: str, where: str) -> Document:
 def load_value(text: str, where: str) -> Any:
     """Read the right-hand side of an override, ``key.sub=value``."""
     return load(text, where).value
+
+
+def _brackets(text: str) -> int:
+    """How deep brackets lie within each other, those in quoted texts included."""
+    depth = deepest = 0
+    for match in re.finditer(r"[\[\]{}]", text):
+        depth = depth + 1 if match[0] in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _count(node: yaml.Node | None, where: str) -> None:
