@@ -9,7 +9,7 @@ import struct
 import zipfile
 from pathlib import Path
 
-WIDTH = {"F32": 4, "BF16": 2, "U8": 1, "I8": 1}
+WIDTH = {"F32": 4, "I32": 4, "BF16": 2, "U8": 1, "I8": 1}
 
 
 def tensor_file(path: Path, tensors: dict[str, tuple], *, fill: int = 1, metadata: dict | None = None, sparse: bool = False) -> Path:  # fmt: skip

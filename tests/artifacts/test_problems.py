@@ -144,6 +144,7 @@ CASES = {
     "untrained": (lambda f: make_adapter(f, fill=0), "untrained", False),
     "A without B": (without("lora_B"), "adapter-pairs", True),
     "B without A": (without("lora_A"), "adapter-pairs", True),
+    "integers": (lambda f: tensor_file(make_model(f) / "model.safetensors", model_tensors(dtype="I32")), "tensor-type", True),
     "uneven ranks": (uneven, "adapter-pairs", True),
     "merged beside": (beside, "merged-beside-adapter", False),
     "a peft model's state": (peft_state, "adapter-in-weights", True),

@@ -23,6 +23,7 @@ from luthier.errors import ArtifactError
 AGAIN = "Get the file again."
 MEND = "`luthier mend SRC DST` writes a repaired copy."
 _ZERO_CHECK = 64 * 2**20  # bytes of lora_B that are read to tell an adapter that never trained
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight",
 )  # fmt: skip
@@ -32,6 +33,7 @@ def of_weights(contents: Contents, *, adapter: bool) -> list[Problem]:
     """Everything that is wrong with a folder of a model or of an adapter, as far as headers show it."""
     tensors = list(contents.tensors())
     checks = [_of_files(contents), _of_index(contents), _of_pickles(contents, tensors), _of_names(tensors, adapter)]
+    checks += [_of_types(contents, tensors)]
     checks += [_of_adapter(contents, tensors)] if adapter else [_of_model(contents, tensors)]
     found = [problem for check in checks for problem in check]
     return list(dict.fromkeys([*contents.problems, *found]))  # what reading has noted by now comes first
@@ -122,6 +124,15 @@ def _of_names(tensors: Sequence[tuple[str, Place]], adapter: bool) -> Iterator[P
     empty = [place.spec.name for _, place in tensors if 0 in place.spec.shape]
     if empty:
         yield Problem("empty-tensors", f"{len(empty)} tensors have no elements, such as {empty[0]}: a sharded model was saved from one process.", "These weights are gone from this folder; use another checkpoint.")  # fmt: skip
+
+
+def _of_types(contents: Contents, tensors: Sequence[tuple[str, Place]]) -> Iterator[Problem]:
+    """Integers where weights belong: a header's type was changed, and the bytes would be read as other numbers."""
+    if contents.json("config.json").get("quantization_config"):
+        return
+    wrong = [p.spec for _, p in tensors if p.spec.name.endswith((".weight", ".bias")) and p.spec.dtype in _INTEGERS]
+    if wrong:
+        yield Problem("tensor-type", f"{len(wrong)} weights are integers, such as {wrong[0].name} ({wrong[0].dtype}), and no config says that they are quantised.", AGAIN)  # fmt: skip
 
 
 def _of_model(contents: Contents, tensors: Sequence[tuple[str, Place]]) -> Iterator[Problem]:
