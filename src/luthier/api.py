@@ -20,6 +20,7 @@ from luthier.errors import ArtifactError, RequestError
 from luthier.export.mend import mend
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.models.open import Base, open_base
+from luthier.models.refused import refused
 from luthier.training import run as runs
 from luthier.training.base_folder import write_folder
 from luthier.training.locate import Location, locate
@@ -79,6 +80,7 @@ def resume(run: str | os.PathLike[str], overrides: Collection[str] = (), *, allo
     return runs.resume(Path(run), overrides, allow=allow, say=say)
 
 
+@refused
 def load(
     path: str | os.PathLike[str],
     *,
@@ -108,7 +110,7 @@ def load(
     if found is None:  # a hub id
         opened = _open(os.fspath(path), precision, where, trust_remote_code)
         return _made_trainable(opened.model, trainable), opened.tokenizer
-    if found.kind not in ("base", "gguf", "adapter", "checkpoint"):
+    if found.kind not in ("base", "merged", "gguf", "adapter", "checkpoint", "trainer_checkpoint"):
         raise RequestError(
             f"this is of kind {found.kind}, which this version cannot load.", code="kind", where=str(found.path)
         )
@@ -235,7 +237,7 @@ def prove(path: str | os.PathLike[str], against: str | os.PathLike[str]) -> Proo
 def _weights_folder(location: Location) -> Path:
     if location.kind == "checkpoint":
         return location.path / ("adapter" if (location.path / "adapter").is_dir() else "model")
-    if location.kind in ("adapter", "base"):
+    if location.kind in ("adapter", "base", "merged", "trainer_checkpoint"):
         return location.path
     raise RequestError(
         f"plain libraries have no way to open kind {location.kind}.", code="kind", where=str(location.path)

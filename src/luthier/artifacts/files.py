@@ -193,17 +193,37 @@ def _holder(descriptor: int) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name`` for a name read from a file.
+    """``folder / name`` for a name read from a file, or listed in a folder that somebody else made.
+
+    The name must be relative, without ``..``, and what it leads to, links followed, must lie in the folder. One
+    exception: in a snapshot of the Hugging Face cache (``REPO/snapshots/REVISION/…``), files are links into
+    ``REPO/blobs``. A folder that is a link itself is followed first.
 
     Raises:
         ArtifactError: the name leaves the folder.
     """
     path = folder / name
-    if os.path.isabs(name) or ".." in Path(name).parts:
+    plain = bool(name) and "\0" not in name and not os.path.isabs(name) and ".." not in Path(name).parts
+    if not plain or not _leads_inside(folder, path):
         raise ArtifactError(
             f"names a file outside its folder: {name!r}.",
             code="path-escape",
             where=str(folder),
-            remedy="Do not open this folder; get it again from a source you trust.",
+            remedy="Do not open this folder; get it again from a source you trust. If you made that link yourself, put the file in its place (cp -L).",
         )
     return path
+
+
+def _leads_inside(folder: Path, path: Path) -> bool:
+    try:
+        home = os.path.realpath(folder)
+        target = os.path.realpath(path)
+    except (OSError, ValueError):  # a loop of links
+        return False
+    if target == home or target.startswith(home.rstrip(os.sep) + os.sep):
+        return True
+    parts = Path(home).parts
+    if "snapshots" not in parts:
+        return False
+    repository = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
+    return Path(target).parent == repository / "blobs"

@@ -18,12 +18,14 @@ from typing import Any
 import blake3
 
 from luthier.artifacts.files import flush_file, forget_cached, inside
-from luthier.artifacts.tensorfile import FilePlan, Place, TensorSpec, read_header
+from luthier.artifacts.json_file import read_object
+from luthier.artifacts.tensorfile import FilePlan, Place, checked_spec, read_header
 from luthier.errors import ArtifactError
 
 NAME = "luthier.json"
 FORMAT = 1
 PIECE = 64 * 2**20
+LARGEST = 256 * 2**20  # bytes of a manifest: millions of tensors
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
@@ -44,6 +46,7 @@ class Problem:
     code: str
     message: str
     remedy: str = ""
+    fault: bool = True  # a fault means not whole; else it opens, and this is what to know
 
     def as_dict(self) -> dict[str, str]:
         return {"code": self.code, "message": self.message, "remedy": self.remedy}
@@ -150,15 +153,18 @@ def read(folder: Path) -> Manifest:
             remedy="`luthier inspect` on the run's folder shows which checkpoints are whole.",
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = read_object(path, unique=True, largest=LARGEST)
+        if type(content.get("format")) is not int:
+            raise ValueError("it names no format")
         newer = content["format"] > FORMAT
         if not newer and content["digest"] != _self_digest({k: v for k, v in content.items() if k != "digest"}):
             raise ValueError("its own digest does not match")
         if not newer:
             return _from_content(content)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ArtifactError) as error:
+        why = error.message if isinstance(error, ArtifactError) else f"{error}"
         raise ArtifactError(
-            f"the manifest is damaged: {error}.",
+            f"the manifest is damaged: {why.rstrip('.')}.",
             code="manifest-damaged",
             where=str(path),
             remedy="Use an older checkpoint; `luthier inspect` on the run's folder lists them.",
@@ -172,17 +178,55 @@ def read(folder: Path) -> Manifest:
 
 
 def _from_content(content: dict[str, Any]) -> Manifest:
+    """The manifest that JSON holds; raises ValueError, KeyError or TypeError where a value is of another type."""
     known = {"format", "kind", "files", "tensors", "digests", "digest"}
-    return Manifest(
-        kind=content["kind"],
-        files={entry["path"]: entry["size"] for entry in content["files"]},
-        digests=tuple(Digest(**entry) for entry in content["digests"]),
+    manifest = Manifest(
+        kind=_text(content["kind"]),
+        files={_text(entry["path"]): _whole_number(entry["size"]) for entry in content["files"]},
+        digests=tuple(
+            Digest(_text(e["file"]), _whole_number(e["offset"]), _whole_number(e["length"]), _text(e["blake3"]))
+            for e in content["digests"]
+        ),
         tensors=tuple(
-            Place(TensorSpec(e["name"], e["dtype"], tuple(e["shape"])), e["file"], e["offset"])
-            for e in content["tensors"]
+            Place(checked_spec(e["name"], e), _text(e["file"]), _whole_number(e["offset"])) for e in content["tensors"]
         ),
         facts={key: value for key, value in content.items() if key not in known},
     )
+    if len(manifest.files) != len(content["files"]):
+        raise ValueError("it lists a file twice")
+    _check_facts(manifest.facts)
+    for digest in manifest.digests:
+        if digest.offset + digest.length > manifest.files.get(digest.file, 0):
+            raise ValueError(f"it has a digest of bytes that {digest.file!r} does not have")
+    return manifest
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    parents = facts.get("parents", [])
+    if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
+        raise ValueError("its parents are no list of artefacts")
+    for entry in (*parents, facts.get("base") or {}):
+        if not isinstance(entry, dict):
+            raise ValueError("its base is no artefact")
+        for key in ("kind", "name", "path", "fingerprint", "revision"):
+            if not isinstance(entry.get(key), str | None):
+                raise ValueError(f"a parent's {key} is no text")
+    for key, kind in (("fingerprint", str), ("step", int), ("versions", dict)):
+        if not isinstance(facts.get(key), kind | None):
+            raise ValueError(f"its {key} is of the wrong type")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no text")
+    value.encode()  # half of a surrogate pair names no file
+    return value
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r:.40} is no size")
+    return value
 
 
 def _self_digest(content: dict[str, Any]) -> str:
@@ -198,15 +242,21 @@ def check_whole(folder: Path) -> tuple[Manifest | None, list[Problem]]:
     problems: list[Problem] = []
     again = "Use an older checkpoint or copy the folder again; nothing can rebuild these bytes."
     for name, size in manifest.files.items():
-        path = inside(folder, name)
+        try:
+            path = inside(folder, name)
+        except ArtifactError as error:
+            return None, [Problem(error.code, error.message, error.remedy)]
         if not path.is_file():
             problems.append(Problem("file-missing", f"{name} is missing.", again))
         elif path.stat().st_size != size:
             problems.append(Problem("file-size", f"{name} has {path.stat().st_size} bytes instead of {size}.", again))
     broken = {problem.message.split(" ", 1)[0] for problem in problems}
+    expected: dict[str, list[Place]] = {}
+    for place in manifest.tensors:
+        expected.setdefault(place.file, []).append(place)
     for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
-        if f"{name}" not in broken or (folder / name).is_file():
-            problems += _check_header(folder, name, [place for place in manifest.tensors if place.file == name])
+        if name not in broken or (folder / name).is_file():
+            problems += _check_header(folder, name, expected.get(name, []))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix in WEIGHT_SUFFIXES and name not in manifest.files:

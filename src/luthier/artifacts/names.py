@@ -20,7 +20,9 @@ ADAPTER_PARTS = (
     "lora_", "hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "randlora_", "fourierft_", "vblora_", "hra_", "bone_",
     "miss_", "shira_", "c3a_", "waveft_", "road_", "delora_", "gralora_", "osf_", "ln_tuning_", "trainable_tokens_", "token_adapter",
 )  # fmt: skip
-_LEAVES = ("weight", "bias")
+_LEAVES = ("weight", "bias", "trainable_tokens_delta")
+# Tensors that belong to no layer: peft writes them to files without its prefix, or with another.
+_SHARED = ("prompt_embeddings", "prompt_encoder.", "base_model.vera_", "base_model.randlora_", "base_model.vblora_")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def of_adapter(name: str) -> AdapterName:
     """
     parts = of_model(name).split(".")
     own = next((index for index, part in enumerate(parts) if part.startswith(ADAPTER_PARTS)), None)
+    if own is not None and parts[own] == "token_adapter" and parts[own + 1 : own + 2] == ["trainable_tokens_delta"]:
+        own += 1
     inner = None
     if own is not None and len(parts) > own + 1 and parts[own + 1] not in _LEAVES:
         inner = parts.pop(own + 1)
@@ -63,12 +67,15 @@ def of_adapter(name: str) -> AdapterName:
         at = parts.index("modules_to_save")
         inner = parts[at + 1] if len(parts) > at + 1 else None
         del parts[at : at + 2]
-    return AdapterName(PEFT + ".".join(parts), inner)
+    plain = ".".join(parts)
+    return AdapterName(plain if plain.startswith(_SHARED) else PEFT + plain, inner)
 
 
 def is_adapters(name: str) -> bool:
     """Whether a tensor belongs to an adapter rather than to a model."""
-    return any(part.startswith(ADAPTER_PARTS) or part == "modules_to_save" for part in name.split("."))
+    return name.startswith(_SHARED) or any(
+        part.startswith(ADAPTER_PARTS) or part == "modules_to_save" for part in name.split(".")
+    )
 
 
 def renamed(names: Iterable[str], *, adapter: bool, where: str) -> dict[str, str]:

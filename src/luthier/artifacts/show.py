@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.artifacts.identify import Artifact
+from luthier.artifacts.lineage import Ancestor
 
 
 def show(artifact: Artifact) -> str:
@@ -18,7 +19,9 @@ def show(artifact: Artifact) -> str:
     lines += _row("class", facts.get("architecture"))
     lines += _row("step", facts.get("step"))
     for entry in facts.get("checkpoints", []):
-        lines += _row("checkpoint", f"step {entry['step']}{'' if entry['whole'] else ' (DAMAGED)'}  {entry['path']}")
+        lines += _row(
+            "checkpoint", f"step {entry['step']}{'' if entry.get('whole', True) else ' (DAMAGED)'}  {entry['path']}"
+        )
     if artifact.kind == "run":
         lines += _row("final", facts["final"] or "not yet")
     proof = facts.get("proof")
@@ -27,7 +30,7 @@ def show(artifact: Artifact) -> str:
     lines += _row("opens with", artifact.opens_with)
     for problem in artifact.problems:
         lines += [f"  problem     {problem.message} [{problem.code}]", f"              {problem.remedy}"]
-    return "\n".join(lines)
+    return _plain("\n".join(lines))
 
 
 def _row(name: str, value: Any) -> list[str]:
@@ -46,17 +49,31 @@ def _adapter(adapter: dict[str, Any] | None) -> str:
         return ""
     rank = f" r{adapter['r']}" if adapter.get("r") else ""
     targets = adapter.get("target_modules")
-    listed = ", ".join(sorted(targets)) if isinstance(targets, list) else targets
+    listed = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else targets
     return f"{adapter['type']}{rank}" + (f" on {listed}" if listed else "")
 
 
 def _lineage(artifact: Artifact) -> list[str]:
-    """What this was made from, oldest first, drawn as a chain."""
+    """What this was made from, drawn as a tree whose root is this."""
+    tree = artifact.lineage()
+    if not tree:
+        return []
+    own = artifact.facts.get("fingerprint") or ""
+    lines = _row("lineage", f"this {artifact.kind}{f' ({own[:16]})' if own else ''}")
+    return lines + [f"  {'':<11} {line}" for line in _branches(tree)]
+
+
+def _branches(ancestors: list[Ancestor]) -> list[str]:
     lines = []
-    for depth, parent in enumerate(artifact.parents):
-        mark = f" ({parent['fingerprint'][:16]})" if parent.get("fingerprint") else ""
-        lines += _row("lineage" if depth == 0 else "", f"{parent.get('kind')}: {parent.get('name')}{mark}")
-    if lines:
-        own = artifact.facts.get("fingerprint", "")
-        lines.append(f"              └─ this {artifact.kind}{f' ({own[:16]})' if own else ''}")
+    for ancestor in ancestors:
+        last = ancestor is ancestors[-1]
+        mark = f" ({ancestor.fingerprint[:16]})" if ancestor.fingerprint else ""
+        note = f": {ancestor.note}" if ancestor.note else ""
+        lines.append(f"{'└─' if last else '├─'} {ancestor.kind}: {ancestor.name}{mark}{note}")
+        lines += [f"{'   ' if last else '│  '}{line}" for line in _branches(ancestor.parents)]
     return lines
+
+
+def _plain(text: str) -> str:
+    """Without what a terminal would obey or cannot print: names come from files that others wrote."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -14,11 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.artifacts.json_file import parse_object
 from luthier.errors import ArtifactError
 
 MAX_HEADER = 100_000_000  # the reference implementation's own limit
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
 DEFAULT_SHARD = 4 * 2**30
+MOST_DIMENSIONS = 64
+LARGEST_TENSOR = 2**62  # elements; a product beyond it overflows in other readers
+_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -111,32 +115,94 @@ def plan_files(
 def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str], int]:
     """Read a file's header: places by tensor name, metadata, and the size that the header says the file has.
 
+    The tensors' ranges must follow each other without a gap or an overlap, as the format says: bytes that belong to
+    no tensor can hide anything, and two tensors on the same bytes are never what was saved.
+
     Raises:
         ArtifactError: it is no safetensors file, or its header contradicts itself. That the file is as long as
             its header says is left to the caller.
     """
-    actual = path.stat().st_size
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, max(actual - 8, 0)):
-            raise _broken(path, "its header is cut off or is none")
-        body = file.read(length)
+    if not path.is_file():  # reading a pipe or a device might never end
+        raise _broken(path, "it is no regular file")
     try:
-        entries = json.loads(body)
-        metadata = entries.pop("__metadata__", None) or {}
-        base = 8 + length
-        places = {}
-        for name, entry in entries.items():
-            begin, end = entry["data_offsets"]
-            spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-            if spec.dtype in BITS and (end - begin != spec.size or begin < 0):
-                raise _broken(path, f"the header gives {name} a wrong number of bytes")
-            places[name] = Place(spec, path.name, base + begin)
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(path, f"its header cannot be read ({error})") from None
-    return places, dict(metadata), base + end
+        with open(path, "rb") as file:
+            actual = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if _LFS.startswith(prefix) and file.read(len(_LFS) - 8) == _LFS[8:]:
+                raise lfs_pointer(path)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, max(actual - 8, 0)):
+                raise _broken(path, "its header is cut off or is none")
+            body = file.read(length)
+    except OSError as error:
+        raise _broken(path, f"it cannot be read ({error.strerror})") from None
+    try:
+        places, metadata, end = _parsed(body, path.name)
+    except ValueError as error:
+        raise _broken(path, f"its header cannot be trusted: {error}") from None
+    return places, metadata, 8 + length + end
+
+
+def _parsed(body: bytes, file: str) -> tuple[dict[str, Place], dict[str, str], int]:
+    """A header's content; raises ValueError for everything that the format does not allow."""
+    if not body.startswith(b"{"):
+        raise ValueError("it does not begin with {")
+    entries = parse_object(body, unique=True)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    ranges: list[tuple[int, int, TensorSpec]] = []
+    for name, entry in entries.items():
+        name.encode()  # half of a surrogate pair is no name: UnicodeEncodeError is a ValueError
+        spec = checked_spec(name, entry)
+        offsets = entry.get("data_offsets")
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(value) is int for value in offsets)):
+            raise ValueError(f"{name} has no range of bytes")
+        if offsets[1] - offsets[0] != spec.size:
+            raise ValueError(f"{name} has a wrong number of bytes")
+        ranges.append((offsets[0], offsets[1], spec))
+    position = 0
+    for begin, end, spec in sorted(ranges, key=lambda item: item[:2]):
+        if begin != position:
+            raise ValueError(f"{spec.name} {'overlaps another tensor' if begin < position else 'lies behind a gap'}")
+        position = end
+    base = 8 + len(body)
+    return {spec.name: Place(spec, file, base + begin) for begin, _, spec in ranges}, metadata, position
+
+
+def checked_spec(name: object, entry: object) -> TensorSpec:
+    """A tensor's name, dtype and shape out of somebody's JSON.
+
+    Raises:
+        ValueError: one of them is of another type, unknown, or larger than any file.
+    """
+    if not isinstance(name, str) or not isinstance(entry, dict):
+        raise ValueError(f"{name!r:.80} is no tensor")
+    dtype, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{name} is of the unknown type {dtype!r:.40}")
+    if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{name} has no shape")
+    size = 1
+    for extent in shape:
+        if type(extent) is not int or extent < 0:  # `true` is an int to Python
+            raise ValueError(f"{name} has the extent {extent!r:.40}")
+        size *= extent
+        if size > LARGEST_TENSOR or extent > LARGEST_TENSOR:
+            raise ValueError(f"{name} is larger than any file")
+    if size * BITS[dtype] % 8:
+        raise ValueError(f"{name} does not fill its last byte")
+    return TensorSpec(name, dtype, tuple(shape))
+
+
+def lfs_pointer(path: Path) -> ArtifactError:
+    """The error for a file that git has not fetched."""
+    return ArtifactError(
+        "is a Git LFS pointer, not the file itself.",
+        code="lfs-pointer",
+        where=str(path),
+        remedy="Run `git lfs pull` in that folder.",
+    )
 
 
 def check_length(path: Path) -> None:

@@ -10,6 +10,9 @@ import yaml
 
 from luthier.errors import RequestError
 
+LARGEST = 4 * 2**20  # characters
+MOST_VALUES = 200_000
+DEEPEST = 500  # brackets within brackets
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _FLOAT = "tag:yaml.org,2002:float"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -41,9 +44,17 @@ def load(text: str, where: str) -> Document:
 
     Raises RequestError with the line for a syntax error or a key that stands twice.
     """
-    loader = _Loader(text)
+    if len(text) > LARGEST:
+        raise RequestError(f"This YAML file has {len(text)} characters, more than any run file needs.", code="yaml", where=where)  # fmt: skip
+    if _brackets(text) > DEEPEST:  # PyYAML's time grows with the square of it
+        raise RequestError("This YAML is nested too deeply.", code="yaml", where=where)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise _syntax_error(error, where) from error
     try:
         node = loader.get_single_node()
+        _count(node, where)
         lines: dict[str, int] = {}
         if node is None:
             return Document(None, lines)
@@ -51,6 +62,10 @@ def load(text: str, where: str) -> Document:
         return Document(loader.construct_document(node), lines)
     except yaml.YAMLError as error:
         raise _syntax_error(error, where) from error
+    except RecursionError:
+        raise RequestError("This YAML is nested too deeply.", code="yaml", where=where) from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a value that its own tag does not allow
+        raise RequestError(f"This is not valid YAML: {error}.", code="yaml", where=where) from error
     finally:
         loader.dispose()
 
@@ -58,6 +73,35 @@ def load(text: str, where: str) -> Document:
 def load_value(text: str, where: str) -> Any:
     """Read the right-hand side of an override, ``key.sub=value``."""
     return load(text, where).value
+
+
+def _brackets(text: str) -> int:
+    """How deep brackets lie within each other, those in quoted texts included."""
+    depth = deepest = 0
+    for match in re.finditer(r"[\[\]{}]", text):
+        depth = depth + 1 if match[0] in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+        if deepest > DEEPEST:
+            break
+    return deepest
+
+
+def _count(node: yaml.Node | None, where: str) -> None:
+    """Refuse aliases that multiply: nine lists of nine references each are a few hundred bytes and 10⁹ values."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        known = sizes.get(id(node))
+        if known is None:
+            sizes[id(node)] = 1  # an alias may point back at its own parent
+            inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                inner = [part for pair in node.value for part in pair]
+            known = sizes[id(node)] = 1 + sum(map(size, inner))
+        return known
+
+    if node is not None and size(node) > MOST_VALUES:
+        raise RequestError(f"This YAML stands for more than {MOST_VALUES} values, by aliases that multiply.", code="yaml", where=where, remedy="Write the values out.")  # fmt: skip
 
 
 def _walk(node: yaml.Node, prefix: str, lines: dict[str, int], seen: set[int], where: str) -> None:

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from luthier.artifacts.gguf_header import GgufHeader
 from luthier.errors import ArtifactError, RequestError
 from luthier.models.coverage import check_coverage
-from luthier.models.gguf_header import GgufHeader
 from luthier.models.source import BaseSource
 
 _DENSE = ("llama", "qwen2", "qwen3")

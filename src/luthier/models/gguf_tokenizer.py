@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from luthier.artifacts.gguf_header import GgufHeader
 from luthier.errors import ArtifactError
-from luthier.models.gguf_header import GgufHeader
 from luthier.models.source import BaseSource
 
 # Which names share a rule: llama.cpp, src/llama-vocab.cpp.

@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from luthier.artifacts.gguf_header import GgufHeader, read_gguf_header
+from luthier.artifacts.templates import check_template
 from luthier.config.schema import ModelConfig
 from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
@@ -22,7 +24,6 @@ from luthier.models import hub
 from luthier.models.coverage import check_coverage
 from luthier.models.folder import check_config, check_folder, read_json
 from luthier.models.gguf import gguf_config, open_gguf
-from luthier.models.gguf_header import GgufHeader, read_gguf_header
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import DTYPES, resolve_precision
 from luthier.models.quiet import quiet
@@ -188,6 +189,7 @@ def _load_tokenizer(model: ModelConfig, source: BaseSource) -> PreTrainedTokeniz
             where=source.name,
             remedy="Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder.",
         ) from error
+    check_template(tokenizer.chat_template, source.name)
     for name in ("is_local", "local_files_only"):  # how it was found would be saved with it
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _LONGEST_NAME = 1 << 16
+_LONGEST_TEXT = 1 << 28  # a whole tokenizer.json may be one text
+_MOST_ELEMENTS = 1 << 24  # of all arrays; vocabularies and their merges stay below a million
+_LARGEST_ALIGNMENT = 1 << 20
+_DEEPEST = 4
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class GgufHeader:
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Reads a GGUF header; raises ArtifactError if the file is cut off, damaged, or of a version before 2."""
+    if not path.is_file() or path.stat().st_size < 24:
+        raise _broken(path, "is cut off within its header, or is no regular file")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, path)
         magic, version, tensors, pairs = reader.take("<4sIQQ")
@@ -57,26 +64,42 @@ def read_gguf_header(path: Path) -> GgufHeader:
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = reader.text(_LONGEST_NAME)
+            if key in metadata:
+                raise _broken(path, f"is damaged: {key} stands twice in its metadata")
             metadata[key] = reader.value(reader.take("<I")[0])
-        if "general.architecture" not in metadata:
+        if not isinstance(metadata.get("general.architecture"), str):
             raise _broken(path, "names no architecture")
         table = [reader.tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= _LARGEST_ALIGNMENT:
+            raise _broken(path, f"is damaged: its tensors are aligned to {alignment!r:.40}")
         start = -(-reader.position // alignment) * alignment
-        placed = {}
+        placed: dict[str, GgufTensor] = {}
         for name, shape, code, offset in table:
+            if name in placed:
+                raise _broken(path, f"is damaged: {name} stands twice")
             tensor = _place(path, name, shape, code, start + offset)
             if tensor.offset + tensor.size > len(data):
                 raise _broken(
                     path, f"is cut off: {name} ends at byte {tensor.offset + tensor.size}, the file at {len(data)}"
                 )
             placed[name] = tensor
+        _check_apart(path, placed.values())
         return GgufHeader(metadata, placed)
+
+
+def _check_apart(path: Path, tensors: Iterable[GgufTensor]) -> None:
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset < end:
+            raise _broken(path, f"is damaged: {tensor.name} overlaps another tensor")
+        end = max(end, tensor.offset + tensor.size)
 
 
 class _Reader:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.position = data, path, 0
+        self.elements = 0  # of all arrays so far
 
     def take(self, form: str) -> tuple[Any, ...]:
         size = struct.calcsize(form)
@@ -94,18 +117,21 @@ class _Reader:
         self.position += length
         return raw.decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self.take(_SCALARS[kind])[0]
         if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
+            return self.text(_LONGEST_TEXT)
+        if kind != _ARRAY or depth > _DEEPEST:
             raise _broken(self.path, f"is damaged: metadata of unknown type {kind} at byte {self.position}")
         element, count = self.take("<IQ")
         self.require(count)
+        self.elements += count
+        if self.elements > _MOST_ELEMENTS:
+            raise _broken(self.path, f"is damaged: an array of {count} values at byte {self.position}")
         if element in _SCALARS:
             return list(self.take(f"<{count}{_SCALARS[element][1]}"))
-        return [self.value(element) for _ in range(count)]
+        return [self.value(element, depth + 1) for _ in range(count)]
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.text(_LONGEST_NAME)
@@ -129,6 +155,8 @@ def _place(path: Path, name: str, shape: tuple[int, ...], code: int, offset: int
     count = 1
     for length in shape:
         count *= length
+    if count % block:
+        raise _broken(path, f"is damaged: {name} does not fill its last block")
     return GgufTensor(name, shape, kind, offset, count // block * size)
 
 

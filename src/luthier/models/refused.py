@@ -1,0 +1,38 @@
+"""Where folders that others wrote meet the libraries that open them: whatever those raise is an error in words."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from luthier.errors import ArtifactError, LuthierError
+
+Opens = TypeVar("Opens", bound=Callable[..., Any])
+
+
+def refused(opens: Opens) -> Opens:
+    """Make of a function that opens a path one that raises only Luthier's errors, memory's and the user's.
+
+    A config with a wrong value ends in whatever the library's code happens to do with it: a KeyError, a
+    ZeroDivisionError. The cause stays attached, and ``--debug`` shows it.
+    """
+
+    @functools.wraps(opens)
+    def opening(path: str | os.PathLike[str], *arguments: Any, **settings: Any) -> Any:
+        try:
+            return opens(path, *arguments, **settings)
+        except (LuthierError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ArtifactError(
+                f"cannot be opened: {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
+                code="unreadable",
+                where=os.fspath(path),
+                remedy="A config file in it holds a value that does not fit; `luthier inspect` says what is there.",
+            ) from error
+
+    return opening  # type: ignore[return-value]
