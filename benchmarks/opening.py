@@ -69,7 +69,9 @@ def main() -> None:
         parser.add_argument(f"--{key}", type=int, default=value)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    print("| folder | luthier.load | from_pretrained | ratio (median of neighbours, range) |\n| --- | --- | --- | --- |")
+    print(
+        "| folder | luthier.load | from_pretrained | ratio (median of neighbours, range) |\n| --- | --- | --- | --- |"
+    )
     for kind, folder in make(options.work.resolve(), options.hidden, options.layers).items():
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
         pairs = [(seconds(ours, folder), seconds(plain, folder)) for _ in range(options.repeats + 1)][1:]

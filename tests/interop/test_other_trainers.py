@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import luthier
 
-TEXTS = ["My order has not arrived yet.", "The capital is Paris.", "One two three four five six.", "I am sorry to hear that."]
+TEXTS = [
+    "My order has not arrived yet.",
+    "The capital is Paris.",
+    "One two three four five six.",
+    "I am sorry to hear that.",
+]
 
 
 @pytest.fixture(scope="module")
