@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -105,6 +105,12 @@ def load(
         RequestError: nothing is there, or it is of a kind that this version can't open.
         ArtifactError: it is damaged, or the base is not the adapter's.
     """
+    if precision is not None and precision not in get_args(Precision):
+        raise RequestError(
+            f"precision is {precision!r}; it takes one of {', '.join(get_args(Precision))}.",
+            code="wrong-value",
+            where="precision",
+        )
     where = device or str(pick_device())
     found = locate(path) if _is_local(os.fspath(path)) else None
     if found is None:  # a hub id
@@ -119,7 +125,7 @@ def load(
     folder = found.path
     if found.kind == "checkpoint":
         folder = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
-    if precision is None and found.run is not None:
+    if precision is None and found.run is not None and (found.run / "run.yaml").is_file():
         precision = read_resolved(found.run / "run.yaml").model.precision
     if not (folder / "adapter_config.json").is_file():
         opened = _open(str(folder), precision, where, trust_remote_code)

@@ -105,7 +105,28 @@ def _guarded(verb: str, given: list[str]) -> int:
 
 
 def _say_error(text: str) -> None:
-    print(f"luthier: {' '.join(text.split())}", file=sys.stderr)
+    lines = text.replace("\n- ", "\0- ").split("\0")  # a list of problems stays a list
+    print(
+        "\n".join(["luthier: " + " ".join(lines[0].split()), *(" ".join(line.split()) for line in lines[1:])]),
+        file=sys.stderr,
+    )
+
+
+def _number(kind: type, least: float) -> Callable[[str], Any]:
+    """A flag's value: a number of ``kind`` from ``least`` on; argparse says so with exit code 2."""
+
+    def read(text: str) -> Any:
+        from argparse import ArgumentTypeError
+
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < float("inf"):
+            raise ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number from {least} on")
+        return value
+
+    return read
 
 
 def _parser(verb: str) -> ArgumentParser:
@@ -129,20 +150,20 @@ def _parser(verb: str) -> ArgumentParser:
     if verb in ("inspect", "verify", "eval", "prove", "plan", "mend"):
         add("--json", action="store_true", help="print one JSON object")
     if verb == "data":
-        add("--samples", type=int, default=3, metavar="N", help="how many samples to show (3)")
+        add("--samples", type=_number(int, 0), default=3, metavar="N", help="how many samples to show (3)")
     if verb == "prove":
         add("--against", required=True, metavar="SRC", help="what PATH should equal")
     if verb == "eval":
         add("data", metavar="DATA", help="a data file, or a run file whose data.eval is used")
         add("--against", metavar="PATH", help="a second artefact, measured side by side")
         add("--metric", action="append", default=[], metavar="NAME", help="exact, json, or module:function")
-        add("--limit", type=int, metavar="N", help="use the first N samples of each source")
-        add("--max-new-tokens", type=int, default=128, metavar="N", help="longest generated answer (128)")
+        add("--limit", type=_number(int, 1), metavar="N", help="use the first N samples of each source")
+        add("--max-new-tokens", type=_number(int, 1), default=128, metavar="N", help="longest generated answer (128)")
     if verb == "chat":
         add("--prompt", metavar="TEXT", help="answer this and end")
         add("--system", metavar="TEXT", help="a system message")
-        add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (256)")
-        add("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token (0)")
+        add("--max-new-tokens", type=_number(int, 1), default=256, metavar="N", help="longest answer (256)")
+        add("--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0 always takes the likeliest token (0)")
     if verb in ("eval", "chat"):
         add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
     if verb == "mend":

@@ -62,6 +62,13 @@ def verify_all(path: str | Path) -> Outcome:
     path = Path(path).expanduser()
     if not path.exists():
         raise RequestError("there is nothing here.", code="no-such-path", where=str(path), remedy="Check the path.")
+    if path.is_file():
+        raise RequestError(
+            "this is a file; what verify reads back is a folder of Luthier's with its luthier.json.",
+            code="not-ours",
+            where=str(path),
+            remedy="`luthier inspect` checks what a file alone can tell.",
+        )
     if not (path / "run.yaml").is_file():
         return Outcome((_verify(path),))
     folders = [path / "base", *(found.path for found in published(path)), path / "final"]

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from luthier.config.hints import show
+from luthier.config.hints import show, unknown_key
+from luthier.config.keys import keys
 from luthier.config.schema import RunConfig
 from luthier.errors import RequestError
 
@@ -77,6 +78,14 @@ def check(changes: list[Change], allow: Collection[str] = ()) -> list[str]:
 
     Raises RequestError naming every other fixed key with both values and how to permit it.
     """
+    unknown = [name for name in allow if name not in keys() and not name.startswith("adapter.")]
+    if unknown:
+        raise RequestError(
+            f"`{unknown[0]}` is not a key of the run file, so nothing can be allowed for it.",
+            code="unknown-key",
+            where="--allow",
+            remedy=unknown_key(unknown[0].rpartition(".")[0], unknown[0].rpartition(".")[2], None, {}),
+        )
     refused = [change for change in changes if change.kind == "fixed" and not is_allowed(change.key, allow)]
     if refused:
         flags = " ".join(f"--allow {change.key}" for change in refused)
@@ -108,8 +117,9 @@ def merge_resolved(old: RunConfig, new: RunConfig) -> RunConfig:
         if any(key in pair and chosen for pair, chosen in taken.items()):
             continue
         section, name = key.split(".")
-        if after.get(section) and before.get(section) and after[section].get(name) is None:
-            after[section][name] = before[section][name]
+        chosen = (before.get(section) or {}).get(name)
+        if after.get(section) and chosen is not None and after[section].get(name) is None:
+            after[section][name] = chosen
     return RunConfig.model_validate(after)
 
 
@@ -127,7 +137,10 @@ def _flat(config: RunConfig) -> Iterator[tuple[str, Any]]:
             else:
                 yield key, value
 
-    for key, value in walk(config.model_dump(mode="json"), ""):
+    values = config.model_dump(mode="json")
+    if config.adapter is not None:  # defaults too, which are not written for every method
+        values["adapter"] = dict(config.adapter)
+    for key, value in walk(values, ""):
         if key != "adapter" or value is not None:  # no adapter: its keys are absent, which is difference enough
             yield key, value
 

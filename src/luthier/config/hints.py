@@ -100,7 +100,7 @@ def wrong_value(key: str, value: Any) -> str:
     if close:
         return f"{sentence} Did you mean `{close[0]}`?"
     translated = foreign.convert(key.rpartition(".")[2], value, {})
-    if isinstance(translated, dict):
+    if isinstance(translated, dict) and show(translated.get(key)) != show(value):
         return f"{sentence} Did you mean {converted(translated)}?"
     if lower in ("none", "null") and "null" in accepts:
         return f"{sentence} Write `null`, without quotes, for none."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 FORMAT: Literal[1] = 1
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -25,7 +25,11 @@ class Section(BaseModel):
     """One block of the run file: unknown keys are errors, and values are checked when they are set."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, protected_namespaces=()
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_assignment=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -113,6 +117,11 @@ class AdapterConfig(Section):
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     dora: bool = False
     """Weight-decomposed LoRA (arXiv:2402.09353)."""
+
+    @model_serializer(mode="wrap")
+    def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what was given or chosen: the default of a key that a method lacks would read like a wish for it."""
+        return {name: value for name, value in write(self).items() if name == "type" or name in self.model_fields_set}
 
 
 class OptimConfig(Section):
@@ -227,10 +236,11 @@ class EvaluateConfig(Section):
     patience: Annotated[Whole, Field(gt=0)] | None = None
     """Stop after this many evaluations in a row without a better `eval_loss`."""
 
-    @model_validator(mode="after")
-    def _interval(self) -> EvaluateConfig:
-        _check_interval(self.every, "evaluate.every")
-        return self
+    @field_validator("every")
+    @classmethod
+    def _interval(cls, every: Interval | None) -> Interval | None:
+        _check_interval(every, "evaluate.every")
+        return every
 
 
 class CheckpointConfig(Section):
@@ -245,10 +255,11 @@ class CheckpointConfig(Section):
     best: Literal["eval_loss"] | None = None
     """Keep the checkpoint with the best value of this as well; opened as RUN@best."""
 
-    @model_validator(mode="after")
-    def _interval(self) -> CheckpointConfig:
-        _check_interval(self.every, "checkpoint.every")
-        return self
+    @field_validator("every")
+    @classmethod
+    def _interval(cls, every: Interval | None) -> Interval | None:
+        _check_interval(every, "checkpoint.every")
+        return every
 
 
 def _model_short_form(value: Any) -> Any:

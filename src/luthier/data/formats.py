@@ -91,7 +91,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
     for name in columns:
         if name not in KNOWN_FIELDS:
             raise RequestError(
-                f"data.columns: {name!r} is not a field that samples have.",
+                f"{name!r} is not a field that samples have.",
                 code="unknown-field",
                 where=f"data.columns.{name}",
                 remedy=f"Left of the colon stands one of {', '.join(sorted(KNOWN_FIELDS))}; right of it your column.",

@@ -83,6 +83,22 @@ def build(adapter: AdapterConfig, target: list[str] | str | None, **more: Any) -
         ) from error
 
 
+def choose(adapter: AdapterConfig) -> None:
+    """Set what the method has and the run file leaves open, so that it is written down; what it lacks stays unset."""
+    for ours in _OURS:
+        if field_of(adapter.type, ours) is None or (ours == "target" and not uses_linear_layers(adapter)):
+            continue
+        if ours == "r" and "r" not in adapter.model_fields_set and not _default(adapter.type, "r"):
+            continue
+        alpha = ours == "alpha" and adapter.alpha is None
+        setattr(adapter, ours, 2.0 * adapter.r if alpha else getattr(adapter, ours))
+
+
+def _default(type_name: str, field: str) -> Any:
+    fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[_kind(type_name)])
+    return next(each.default for each in fields if each.name == field)
+
+
 def field_of(type_name: str, ours: str) -> str | None:
     """peft's name for our key in a method's config, or None where the method has no such thing."""
     fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[_kind(type_name)])}
@@ -119,8 +135,10 @@ def _kind(name: str) -> PeftType:
         why = f"{name} puts virtual tokens before the text, which packed samples have no place for."
     else:
         why = f"peft has no method {name!r}."
-    near = difflib.get_close_matches(lowered, usable, n=1)
+    near = difflib.get_close_matches(lowered, usable, n=1) if lowered.upper() not in PeftType.__members__ else []
     remedy = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(sorted(usable))}."
+    if lowered in ("full", "freeze", "false"):  # what other tools call training without an adapter
+        remedy = "For full fine-tuning write `adapter: none`, or leave `adapter` out."
     raise RequestError(why, code="unknown-adapter", where="adapter.type", remedy=remedy)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from luthier.config.schema import AdapterConfig
 from luthier.errors import RequestError
 from luthier.models.adapter_config import build, check, field_of, uses_linear_layers
 from luthier.models.open import Base
+from luthier.models.quiet import no_deprecations
 from luthier.models.targets import ALL_LINEAR, Targets, all_linear, check_names, expert_parameters, named
 
 __all__ = ["Matched", "attach", "check", "matched", "summary"]
@@ -57,8 +57,7 @@ def attach(
     model = base.model
     check_names(model, adapter.modules_to_save, "adapter.modules_to_save")
     config = build(adapter, **_arguments(model, adapter, new_token_ids))
-    with torch.random.fork_rng(devices=_devices(model)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    with torch.random.fork_rng(devices=_devices(model)), no_deprecations():
         torch.manual_seed(seed)
         try:
             wrapped = get_peft_model(model, config)

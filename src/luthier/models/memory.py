@@ -8,18 +8,22 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
+from luthier.models.quiet import no_deprecations
+
 
 def recompute(model: PreTrainedModel) -> None:
     """Recomputes each decoder layer in the backward pass (gradient checkpointing), in training mode only.
 
     The non-reentrant form needs no input that requires a gradient, so it works with a frozen base under an adapter.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with no_deprecations():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def keep(model: PreTrainedModel) -> None:
     """Keeps activations again: undoes `recompute`."""
-    model.gradient_checkpointing_disable()
+    with no_deprecations():
+        model.gradient_checkpointing_disable()
 
 
 @contextmanager

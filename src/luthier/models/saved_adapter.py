@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from luthier.artifacts.tensorfile import read_header
 from luthier.errors import ArtifactError
 from luthier.models.open import Base
+from luthier.models.quiet import no_deprecations
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -38,7 +39,8 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool) -> tuple[PeftMode
     if grown > 0:
         base.model.resize_token_embeddings(len(_tokenizer(base, folder)), mean_resizing=False)
     try:
-        model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable)
+        with no_deprecations():
+            model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ArtifactError(
             f"peft cannot put this adapter on {base.source.name}: {' '.join(str(error).split())[:300]}",

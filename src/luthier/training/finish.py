@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def _closing(trained: Trained, final: Path, say: Say) -> None:
         kept = best_checkpoint(run)
         if kept and kept.step == state.best_step:
             say(f"the lowest held-out loss was at step {state.best_step} ({state.best_loss:.4f}): {run}@best")
-    say(f"talk to it: luthier chat {final}")
+    say(f"talk to it: luthier chat {shlex.quote(str(final))}")
     say(f"look at it: {run / 'report.html'}")
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts.run_folder import folder_of
+from luthier.artifacts.run_folder import folder_of, published
 from luthier.checkpoint.retain import newest_whole
-from luthier.errors import RequestError
+from luthier.errors import ArtifactError, RequestError
 from luthier.training.finish import best_checkpoint
 
 
@@ -52,6 +52,8 @@ def _in_run(run: Path, wanted: str) -> Location:
     if wanted != "newest" and final.is_dir():
         return Location(final, artifacts.identify(final).kind, run)
     newest = newest_whole(run, lambda text: None)
+    if newest is None and published(run):
+        raise ArtifactError("none of this run's checkpoints is whole.", code="no-whole-checkpoint", where=str(run / "checkpoints"), remedy="`luthier verify` on each of them says what is damaged.")  # fmt: skip
     if newest is None:
         raise RequestError("this run has saved nothing yet.", code="nothing-saved", where=str(run), remedy="Train first: luthier resume on this folder.")  # fmt: skip
     return Location(newest[0].path, "checkpoint", run)

@@ -7,6 +7,7 @@ checkpoint and after it an evaluation, so that saving never waits for an evaluat
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -189,8 +190,8 @@ class Loop:
                 f"{limit} steps in a row were not finite (the last: {reason}).",
                 code="not-finite",
                 where=f"step {state.step + 1}",
-                remedy="Lower optim.lr, look at the samples named above with `luthier data`, or use model.precision: bf16 or fp32. "
-                f"Checkpoints up to here are in {self.parts.run / 'checkpoints'}.",
+                remedy="Lower optim.lr, look at the samples named above with `luthier data`, or use model.precision: bf16 or fp32."
+                + (f" The last checkpoint is of step {self._saved}." if self._saved > 0 else " Nothing was saved yet."),
             )
         return reason
 
@@ -229,7 +230,7 @@ class Loop:
             state = "read back" if not saved.problems else f"READS BACK WRONG: {saved.problems[0].message}"
             self.progress.say(
                 f"saved step {saved.step}: {saved.path} ({readable_size(saved.bytes)} in {saved.seconds:.1f} s, "
-                f"the step waited {saved.stall:.2f} s; {state})"
+                f"the step waited {saved.stall:.2f} s; {state}); open it: luthier chat {shlex.quote(str(saved.path))}"
             )
             if not saved.problems:
                 self.parts.events.emit(replace(self._event("checkpoint", path=saved.path), step=saved.step))
@@ -280,7 +281,7 @@ class Loop:
             f"stopped on {self.stop.reason} after step {self.state.step} of {self.parts.total_steps}; the checkpoint is published.",
             code="stopped",
             where=str(self.parts.run),
-            remedy=f"Go on with: luthier resume {self.parts.run}",
+            remedy=f"Go on with: luthier resume {shlex.quote(str(self.parts.run))}",
         )
 
     def _event(self, kind: Any, metrics: dict[str, Any] | None = None, path: Path | None = None) -> Event:

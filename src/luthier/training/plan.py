@@ -20,11 +20,11 @@ from luthier.checkpoint.layout import model_layout, saved_state
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError
 from luthier.models import adapters
-from luthier.training import numerics
+from luthier.training import metrics, numerics
 from luthier.training.events import Events
 from luthier.training.loop import Loop, Parts, memory_gib, steps_of
 from luthier.training.progress import Progress, duration
-from luthier.training.resolve import pick_device
+from luthier.training.resolve import not_writable, pick_device
 from luthier.training.session import Session
 from luthier.training.signals import StopRequest
 from luthier.training.state import State
@@ -78,9 +78,16 @@ def plan(config: RunConfig) -> Plan:
         ArtifactError: what was saved does not come back.
     """
     output = Path(config.output)
-    parent = next(folder for folder in output.parents if folder.is_dir())
-    scratch = Path(tempfile.mkdtemp(prefix=".luthier-plan-", dir=parent))
     said: list[str] = []
+    if config.adapter is not None:
+        adapters.check(config.adapter)
+    metrics.resolve(config.evaluate.metrics)
+    Events(config.callbacks, config.log, output, config, said.append).close()
+    parent = next(folder for folder in output.parents if folder.exists())
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=".luthier-plan-", dir=parent))
+    except OSError as error:
+        raise not_writable(output, error) from None
     try:
         device = pick_device()
         trial = config.model_copy(deep=True)
@@ -140,7 +147,7 @@ def _reload(parts: Parts, step: int) -> str:
         for tensor in tensors.values():
             tensor.zero_()
     parts.checkpoints.restore(parts.model, parts.optimizer, step=step)
-    wrong = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])]
+    wrong = [name for name, tensor in tensors.items() if not same_bits(tensor, expected[name])]
     if wrong:
         raise ArtifactError(
             f"{len(wrong)} tensors came back changed from the rehearsal's save, such as {wrong[0]}.",
@@ -148,4 +155,9 @@ def _reload(parts: Parts, step: int) -> str:
             where=str(parts.run),
             remedy="Do not train on this disk; if another one shows the same, please report it.",
         )
-    return f"{TRIED_STEPS} steps, one save read back, one reload: {len(tensors)} tensors, bits equal"
+    return f"{min(TRIED_STEPS, parts.total_steps)} steps, one save read back, one reload: {len(tensors)} tensors, bits equal"
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes; by value, one that is not a number would differ from itself."""
+    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))

@@ -18,6 +18,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.batches import DEFAULT_BATCH_SAMPLES
 from luthier.data.prepare import longest_row, too_long
 from luthier.errors import RequestError
+from luthier.models.adapter_config import choose
 from luthier.models.precision import resolve_precision
 from luthier.training.groups import peak_rate
 
@@ -55,8 +56,8 @@ def before_data(config: RunConfig, base_config: Any, device: torch.device) -> Ru
     if train.epochs is None and train.steps is None:
         train.epochs = 1.0
     config.optim.lr = peak_rate(config.optim, adapter=config.adapter is not None)
-    if config.adapter and config.adapter.alpha is None:
-        config.adapter.alpha = 2.0 * config.adapter.r
+    if config.adapter:
+        choose(config.adapter)
     return config
 
 
@@ -104,11 +105,21 @@ def reconcile(config: RunConfig, run: Path, allow: Collection[str], say: Say) ->
     changes = compare.compare(old, merged)
     moved = [change for change in changes if change.key == "model.path"]
     if moved and _same_weights(run, old.model.path, merged.model.path):
-        allow = {*allow, "model.path"}
+        changes.remove(moved[0])
         say(f"the base moved to {merged.model.path}; its weights are the same")
     for line in compare.check(changes, allow):
         say(line)
     return merged, True
+
+
+def not_writable(output: Path, error: OSError) -> RequestError:
+    """What to say of an output folder that cannot be made."""
+    return RequestError(
+        f"{output} cannot be made: {error.strerror}.",
+        code="output",
+        where="output",
+        remedy="Give a folder where you may write.",
+    )
 
 
 def stored_config(run: Path) -> RunConfig:
@@ -119,11 +130,12 @@ def stored_config(run: Path) -> RunConfig:
     """
     path = run / "run.yaml"
     if not path.is_file():
+        above = [folder for folder in run.parents if (folder / "run.yaml").is_file()]
         raise RequestError(
             "there is no run.yaml here, so this is no run's folder.",
             code="no-run",
             where=str(run),
-            remedy="Name the folder that `output` named in the run file.",
+            remedy=f"The run is {above[0]}." if above else "Name the folder that `output` named in the run file.",
         )
     return read_resolved(path)
 

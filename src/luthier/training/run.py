@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from luthier.artifacts.run_folder import Found, published
 from luthier.checkpoint.retain import newest_whole
 from luthier.config.read import parse_run
 from luthier.config.schema import RunConfig
-from luthier.errors import ArtifactError, LuthierError, Stopped
+from luthier.errors import ArtifactError, LuthierError, RequestError, Stopped
 from luthier.models import adapters
 from luthier.report.metrics import read_metrics
 from luthier.training import finish, metrics, numerics
 from luthier.training.events import Events
 from luthier.training.loop import Loop
 from luthier.training.progress import Progress
-from luthier.training.resolve import pick_device, reconcile, stored_config
+from luthier.training.resolve import not_writable, pick_device, reconcile, stored_config
 from luthier.training.session import Session
 from luthier.training.signals import stoppable
 from luthier.training.state import State
@@ -78,7 +79,10 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
             adapters.check(config.adapter)
         metrics.resolve(config.evaluate.metrics)
         events = Events(config.callbacks, config.log, run, config, say)
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_writable(run, error) from None
         stack.enter_context(exclusive(run / ".lock", "this run"))
         publish.sweep(run)
         publish.sweep(run / "checkpoints")
@@ -100,7 +104,22 @@ def resume(run: str | Path, overrides: Collection[str] = (), *, allow: Collectio
     """
     config = stored_config(Path(run))
     config.output = str(Path(run).resolve())  # the folder may have been moved
-    return train(parse_run(config.model_dump(mode="json", exclude_none=True), list(overrides)), allow=allow, say=say)
+    values = config.model_dump(mode="json", exclude_none=True)
+    began_from = config.model.path
+    if config.adapter is None and published(Path(config.output)) and Path(began_from).is_absolute() and not Path(began_from).exists():
+        values["model"]["path"] = str(published(Path(config.output))[-1].path / "model")  # what it began from is needed no more
+    stand_in = values["model"]["path"]
+    given = parse_run(values, list(overrides))
+    if given.model.path == stand_in:
+        given.model.path = began_from
+    if given.output != config.output:
+        raise RequestError(
+            f"a run goes on in its own folder, {run}; {given.output} would be another run, begun at its first step.",
+            code="output",
+            where="output",
+            remedy="Leave `output` out; to go on elsewhere, copy the run's folder and resume the copy.",
+        )
+    return train(given, allow=allow, say=say)
 
 
 def _train(session: Session, events: Events) -> Run:
@@ -141,7 +160,7 @@ def _stopped_before_proof(run: Path, reason: str) -> Stopped:
         f"stopped on {reason} after the last step, before the result was proven; the checkpoint is published.",
         code="stopped",
         where=str(run),
-        remedy=f"Prove it with: luthier resume {run}",
+        remedy=f"Prove it with: luthier resume {shlex.quote(str(run))}",
     )
 
 

@@ -49,31 +49,35 @@ def rate(step: int, total: int, optim: OptimConfig) -> float:
     return floor + (1 - floor) * left
 
 
-def continuation_note(step: int, old_total: int, new_total: int, optim: OptimConfig) -> str:
+def continuation_note(
+    step: int, old_total: int, new_total: int, optim: OptimConfig, old_optim: OptimConfig | None = None
+) -> str:
     """Say what a changed length does to the learning rate.
 
     Args:
         step: the first step of the continued run, 0-based.
         old_total: steps that the run was to have.
         new_total: steps that it has now.
+        old_optim: the settings until now, where they were others.
     """
+    was = old_optim or optim
     change = f"The run now has {new_total} steps instead of {old_total}"
     if step >= new_total:
         return f"{change}; step {step} is reached, so nothing is left to train."
     after = rate(step, new_total, optim)
-    before = rate(step, old_total, optim) if step < old_total else None
+    before = rate(step, old_total, was) if step < old_total else None
     where = f"at step {step + 1} the learning rate is"
     if before is None:
-        last = rate(old_total - 1, old_total, optim)
+        last = rate(old_total - 1, old_total, was)
         return (
             f"{change}: the {optim.schedule} schedule is stretched over the new length; {where} {_times(after, optim)}, "
-            f"after {_times(last, optim)} at the end of the old one."
+            f"after {_times(last, was)} at the end of the old one."
         )
-    if before == after:
+    if before == after and was.lr == optim.lr:
         return f"{change}; {where} the same, {_times(after, optim)}."
     return (
         f"{change}: the {optim.schedule} schedule is stretched over the new length; {where} {_times(after, optim)} "
-        f"instead of {_times(before, optim)}."
+        f"instead of {_times(before, was)}."
     )
 
 

@@ -16,7 +16,7 @@ from luthier.artifacts.files import readable_size, replace_file
 from luthier.artifacts.run_folder import Found
 from luthier.checkpoint.checkpoints import Checkpoints, read_state, versions
 from luthier.config import compare
-from luthier.config.read import write_run
+from luthier.config.read import read_resolved, write_run
 from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batches import Batches
 from luthier.data.prepare import Prepared, prepare, repeats
@@ -73,7 +73,13 @@ class Session:
             )
         if known["total_steps"] != total:
             self.notes.append(
-                schedule.continuation_note(known["state"]["step"], known["total_steps"], total, self.config.optim)
+                schedule.continuation_note(
+                    known["state"]["step"],
+                    known["total_steps"],
+                    total,
+                    self.config.optim,
+                    read_resolved(self.run / "run.yaml").optim,
+                )
             )
         now = versions()
         then = manifests.read(self.start.path).facts["versions"]
