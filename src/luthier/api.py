@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,22 @@ from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
 from luthier.checkpoint.layout import is_adapter
 from luthier.config.read import parse_run, read_resolved, read_run
-from luthier.config.schema import ModelConfig, Precision, RunConfig
+from luthier.config.schema import Precision, RunConfig
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.mend import mend
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
-from luthier.models.open import Base, open_base
+from luthier.models.adapter_base import adapters_in, base_name, check_base
+from luthier.models.door import Opening, differing_versions, open_door
 from luthier.models.refused import refused
+from luthier.models.saved_adapter import open_adapter
+from luthier.models.several import activated, combine_adapters
 from luthier.training import run as runs
 from luthier.training.base_folder import write_folder
 from luthier.training.locate import Location, locate
 from luthier.training.resolve import pick_device
 from luthier.training.run import Run
 
-__all__ = ["Description", "Written", "describe", "load", "mend", "prove", "resume", "save", "train"]
+__all__ = ["Description", "Written", "combine", "describe", "load", "mend", "prove", "resume", "save", "train"]
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的狐狸。 0123456789"
 
@@ -42,13 +48,22 @@ class Description:
     parameters: int
     precision: str
     fast_forms: tuple[str, ...] = ()
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    trains: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        adapters = ", ".join(f"{name} ({kind})" for name, kind in self.adapters.items()) or "none"
+        adapters = ", ".join(f"{name} ({self._of(name)})" for name in self.adapters) or "none"
         return (
             f"{self.class_name} in {self.precision}: {self.trainable:,} of {self.parameters:,} parameters train; "
             f"adapters: {adapters}; fast forms: {', '.join(self.fast_forms) or 'none'}"
         )
+
+    def _of(self, name: str) -> str:
+        rank = f" r={self.ranks[name]}" if name in self.ranks else ""
+        state = ", merged" if name in self.merged else "" if name in self.active else ", inactive"
+        return f"{self.adapters[name]}{rank}{state}"
 
 
 @dataclass(frozen=True)
@@ -88,27 +103,41 @@ def load(
     precision: Precision | None = None,
     device: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[Any, Any]:
-    """Open a base model, a GGUF file, an adapter, a checkpoint, a run or a final folder.
+    """Open a base model, a GGUF file, an adapter, several of them, a checkpoint, a run or a final folder.
 
     Args:
         trainable: what was trained trains again; else nothing does, and the model is in evaluation mode.
         precision: bf16, fp16 or fp32; as trained if left out.
         device: where to; the accelerator, else the CPU, if left out.
-        base: the base under an adapter, where it isn't where the adapter says.
+        base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
+        adapter: adapters to put onto what lies at `path`: a folder, or folders by the names they get.
+        say: told what should be known and is no error; the logger ``luthier`` warns of it if left out.
 
     Returns:
-        A transformers or peft model, and its tokenizer.
+        A transformers or peft model, and its tokenizer (None only where there is none).
 
     Raises:
-        RequestError: nothing is there, or it is of a kind that this version can't open.
+        RequestError: nothing is there, it is of a kind that this version can't open, or there is no room for it.
         ArtifactError: it is damaged, or the base is not the adapter's.
     """
-    where = device or str(pick_device())
-    found = locate(path) if _is_local(os.fspath(path)) else None
+    where, tell = device or str(pick_device()), say or logging.getLogger("luthier").warning
+    text = os.fspath(path)
+    if adapter is not None:
+        folders = {n: Path(f) for n, f in adapter.items()} if isinstance(adapter, Mapping) else {"default": Path(adapter)}  # fmt: skip
+        how = Opening(precision, where, trust_remote_code, tell)
+        return _put_on(text, folders, folders, trainable, how, insist=False)
+    inner = adapters_in(Path(text)) if Path(text).is_dir() else {}
+    if inner and not any((Path(text) / name).is_file() for name in ("config.json", "adapter_config.json", "run.yaml", manifests.NAME)):  # fmt: skip
+        name, notes = (os.fspath(base), []) if base else base_name(next(iter(inner.values())), named=None, own=None)
+        _tell(notes, tell)
+        return _put_on(name, inner, inner, trainable, Opening(precision, where, trust_remote_code, tell), insist=base is not None)  # fmt: skip
+    found = locate(text) if _is_local(text) else None
     if found is None:  # a hub id
-        opened = _open(os.fspath(path), precision, where, trust_remote_code)
+        opened = open_door(text, Opening(precision, where, trust_remote_code, tell))
         return _made_trainable(opened.model, trainable), opened.tokenizer
     if found.kind not in ("base", "merged", "gguf", "adapter", "checkpoint", "trainer_checkpoint"):
         raise RequestError(
@@ -116,76 +145,58 @@ def load(
         )
     if (found.path / manifests.NAME).is_file():  # ours: every byte is known, so every byte is checked
         manifests.raise_problems(found.path, manifests.verify(found.path)[1])
+        _tell(differing_versions(manifests.read(found.path).facts.get("versions", {})), tell)
     folder = found.path
     if found.kind == "checkpoint":
         folder = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     if precision is None and found.run is not None:
         precision = read_resolved(found.run / "run.yaml").model.precision
+    how = Opening(precision, where, trust_remote_code, tell)
     if not (folder / "adapter_config.json").is_file():
-        opened = _open(str(folder), precision, where, trust_remote_code)
+        opened = open_door(str(folder), how)
         return _made_trainable(opened.model, trainable), opened.tokenizer
-    return _load_adapter(folder, found, trainable, precision, where, base, trust_remote_code)
+    if (folder / "config.json").is_file() and found.path == folder:
+        tell(f"{folder} holds a whole model beside the adapter; the adapter is opened on its own base.")
+    named = artifacts.identify(folder).base or {}
+    own = found.run / "base" if found.run and (found.run / "base").is_dir() else None
+    name, notes = (os.fspath(base), []) if base else base_name(folder, named=named.get("name"), own=own)
+    _tell(notes, tell)
+    how = replace(how, revision=named.get("revision"))
+    return _put_on(name, {"default": folder}, {"default": found.path}, trainable, how, insist=base is not None)
 
 
 def _is_local(text: str) -> bool:
     return Path(text).exists() or Path(text.rpartition("@")[0] or text).exists()
 
 
-def _load_adapter(
-    folder: Path,
-    found: Location,
+def _tell(notes: Collection[str], tell: Callable[[str], None]) -> None:
+    for note in notes:
+        tell(note)
+
+
+def _put_on(
+    name: str,
+    folders: Mapping[str, Path],
+    homes: Mapping[str, Path],
     trainable: bool,
-    precision: Precision | None,
-    device: str,
-    base: str | os.PathLike[str] | None,
-    trust_remote_code: bool,
+    how: Opening,
+    *,
+    insist: bool,
 ) -> tuple[Any, Any]:
-    from luthier.models.saved_adapter import open_adapter
-
-    named = artifacts.identify(folder)
-    name = os.fspath(base) if base is not None else _base_of(folder, found, named)
-    opened = _open(name, precision, device, trust_remote_code, revision=(named.base or {}).get("revision"))
-    _check_base(found, opened, name, insisted=base is not None)
-    return open_adapter(opened, folder, trainable=trainable)
-
-
-def _base_of(folder: Path, found: Location, named: artifacts.Artifact) -> str:
-    """The base an adapter names, or the run's own ``base/`` where the run was moved."""
-    name = (named.base or {}).get("name") or ""
-    own = found.run / "base" if found.run else None
-    if own is not None and own.is_dir() and not Path(name).exists():
-        return str(own)
-    if Path(name).is_absolute() and not Path(name).exists():
-        raise RequestError(
-            f"the base this adapter names, {name}, is not there.",
-            code="base-missing",
-            where=str(folder),
-            remedy="Give it: luthier.load(path, base=…), or --base on the command line.",
-        )
-    return name
-
-
-def _check_base(found: Location, opened: Base, name: str, *, insisted: bool) -> None:
-    """Compare the opened base with the one the adapter was trained on, where the manifest says which."""
-    from luthier.artifacts import fingerprint
-
-    manifest_path = found.path / manifests.NAME
-    if insisted or not manifest_path.is_file() or opened.source.path is None or not opened.source.path.is_dir():
-        return
-    expected = manifests.read(found.path).facts.get("base", {}).get("fingerprint")
-    if expected and fingerprint.of_folder(opened.source.path) != expected:
-        raise ArtifactError(
-            f"the base at {name} is not the one this adapter was trained on: its weights differ.",
-            code="other-base",
-            where=str(found.path),
-            remedy="Give the right one with base=…; giving any base by hand insists on it.",
-        )
-
-
-def _open(
-    name: str, precision: Precision | None, device: str, trust_remote_code: bool, revision: str | None = None
-) -> Base:
-    return open_base(ModelConfig(path=name, revision=revision, precision=precision, trust_remote_code=trust_remote_code), device=device)  # fmt: skip
+    """Open a base and put adapters onto it, the first of them active."""
+    opened = open_door(name, how)
+    model: Any = opened.model
+    tokenizer = None
+    for each, folder in folders.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise RequestError("no adapter lies here.", code="no-adapter", where=str(folder), remedy="Give a folder with adapter_config.json.")  # fmt: skip
+        _tell(check_base(folder, homes[each], opened.source, insisted=insist), how.tell)
+        model, own = open_adapter(opened, folder, trainable=trainable, name=each)
+        opened.model = model
+        tokenizer = tokenizer or own
+    if len(folders) > 1:
+        model.set_adapter(next(iter(folders)), inference_mode=not trainable)
+    return model, tokenizer
 
 
 def _made_trainable(model: Any, trainable: bool) -> Any:
@@ -194,12 +205,21 @@ def _made_trainable(model: Any, trainable: bool) -> Any:
     return model.train(trainable)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind: str | None = None) -> Written:
+def combine(model: nn.Module, weights: Mapping[str, float], *, name: str, method: str = "linear", density: float | None = None) -> None:  # fmt: skip
+    """Add an adapter made of others on the same model, each with its weight.
+
+    Raises: as ``luthier.models.several.combine_adapters``.
+    """
+    combine_adapters(model, weights, name=name, method=method, density=density)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind: str | None = None, adapter: str | None = None) -> Written:  # fmt: skip
     """Write a model, or a peft model's adapter, as a standard folder, and prove that plain libraries open it.
 
     Args:
         path: a folder that doesn't exist yet.
         kind: ``adapter`` or ``model``, to insist on it; the answer names what was written.
+        adapter: which one, where the model has several; the active one if left out.
 
     Raises:
         RequestError: the live model is not of that kind, or the folder exists.
@@ -210,6 +230,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind
         merged = " (merge_and_unload leaves a model)" if kind == "adapter" else " (merge it first for a model)"
         raise RequestError(f"the live model is of kind {live}, not {kind}{merged}.", code="kind", where=os.fspath(path), remedy=f"Save it as kind={live!r}, or leave `kind` out.")  # fmt: skip
     folder = Path(path).expanduser().resolve()
+    if live == "model" and adapter is not None:
+        raise RequestError("the live model has no adapters.", code="no-such-adapter", where="adapter", remedy="Leave `adapter` out.")  # fmt: skip
+    if live == "adapter":
+        active = list(model.active_adapters)  # type: ignore[arg-type]
+        if adapter is None and len(active) != 1:
+            raise RequestError(f"{len(active)} adapters are active: {', '.join(active)}.", code="which-adapter", where="adapter", remedy="Name the one to save: adapter=…")  # fmt: skip
+        with activated(model, adapter or active[0]):
+            return _saved(model, folder, tokenizer, live)
+    return _saved(model, folder, tokenizer, live)
+
+
+def _saved(model: nn.Module, folder: Path, tokenizer: Any, live: str) -> Written:
     write_folder(folder, model, tokenizer, kind=live, facts={"parents": []})
     ids = tokenizer(PROBE_TEXT)["input_ids"]
     probe = make_probe(model, [ids], deterministic=False, trust_remote_code=False)
@@ -246,9 +278,22 @@ def _weights_folder(location: Location) -> Path:
 
 def describe(model: nn.Module) -> Description:
     """Say of a live model what it is: class, adapters, what trains, precision."""
-    base = model.get_base_model() if is_adapter(model) else model  # type: ignore[operator]
-    adapters = {name: str(config.peft_type.value).lower() for name, config in getattr(model, "peft_config", {}).items()}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    peft = is_adapter(model)
+    base = model.get_base_model() if peft else model  # type: ignore[operator]
+    configs: Mapping[str, Any] = model.peft_config if peft else {}  # type: ignore[assignment]
+    adapters = {name: str(config.peft_type.value).lower() for name, config in configs.items()}
+    ranks = {name: int(config.r) for name, config in configs.items() if isinstance(getattr(config, "r", None), int)}
+    status = model.get_model_status() if peft and not any(c.is_prompt_learning for c in configs.values()) else None  # type: ignore[operator]
+    merged = tuple(status.merged_adapters) if status and status.merged_adapters != "irregular" else ()
+    active = tuple(model.active_adapters) if peft and (status is None or status.enabled is not False) else ()  # type: ignore[arg-type]
+    trains: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trains[re.sub(r"\.\d+\.", ".*.", name)] += parameter.numel()
     dtype = str(getattr(base, "dtype", next(model.parameters()).dtype)).removeprefix("torch.")
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    return Description(type(base).__name__, adapters, trainable, sum(p.numel() for p in model.parameters()), names.get(dtype, dtype))  # fmt: skip
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Description(
+        type(base).__name__, adapters, sum(trains.values()), count, names.get(dtype, dtype),
+        active=active, merged=merged, ranks=ranks, trains=dict(trains),
+    )  # fmt: skip
