@@ -135,12 +135,16 @@ def _load_adapter(
     base: str | os.PathLike[str] | None,
     trust_remote_code: bool,
 ) -> tuple[Any, Any]:
+    from luthier.models import stack
     from luthier.models.saved_adapter import open_adapter
 
     named = artifacts.identify(folder)
     name = os.fspath(base) if base is not None else _base_of(folder, found, named)
     opened = _open(name, precision, device, trust_remote_code, revision=(named.base or {}).get("revision"))
     _check_base(found, opened, name, insisted=base is not None)
+    pair = manifests.read(found.path).facts.get("stack") if (found.path / manifests.NAME).is_file() else None
+    if trainable and pair is not None:  # of a stacked pair only the upper adapter trains
+        return stack.open_split(opened, folder, pair, base_name=name), opened.tokenizer
     return open_adapter(opened, folder, trainable=trainable)
 
 
@@ -205,10 +209,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind
         merged = " (merge_and_unload leaves a model)" if kind == "adapter" else " (merge it first for a model)"
         raise RequestError(f"the live model is of kind {live}, not {kind}{merged}.", code="kind", where=os.fspath(path), remedy=f"Save it as kind={live!r}, or leave `kind` out.")  # fmt: skip
     folder = Path(path).expanduser().resolve()
-    write_folder(folder, model, tokenizer, kind=live, facts={"parents": []})
+    from luthier.models import stack
+
+    pair = {"stack": stack.facts_of(model)} if stack.is_stacked(model) else {}  # type: ignore[arg-type]
+    write_folder(folder, model, tokenizer, kind=live, facts={"parents": [], **pair})
     ids = tokenizer(PROBE_TEXT)["input_ids"]
     probe = make_probe(model, [ids], deterministic=False, trust_remote_code=False)
-    proof = compare(live_answers(model, tokenizer, probe), plain_answers(folder, probe), device=probe.device)
+    with stack.plain_form(model):
+        expected = live_answers(model, tokenizer, probe)
+    proof = compare(expected, plain_answers(folder, probe), device=probe.device)
     (folder / "proof.json").write_bytes(proof.to_bytes())
     if proof.verdict == "failed":
         raise ArtifactError(f"the proof failed: {proof.says}", code="proof-failed", where=str(folder), remedy="Do not use this folder.")  # fmt: skip

@@ -189,13 +189,17 @@ def _data(options: Namespace) -> int:
     from luthier.config.read import read_run
 
     config = read_run(options.run_file, options.overrides)
+    from pathlib import Path
+
     from rich.console import Console
 
     from luthier.data import prepare
     from luthier.data.show import show
     from luthier.models.open import open_config, open_tokenizer
     from luthier.training.resolve import before_data, pick_device
+    from luthier.training.stage import settle
 
+    config, _ = settle(config, Path(config.output))
     config = before_data(config, open_config(config.model), pick_device())
     tokenizer = open_tokenizer(config.model)
     console = Console()

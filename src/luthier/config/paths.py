@@ -25,7 +25,10 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     config = config.model_copy(deep=True)
     model = config.model
-    model.path = _model(expand(model.path, "model.path"))
+    if model.path:
+        model.path = _model(expand(model.path, "model.path"))
+    if config.adapter is not None and config.adapter.start is not None:
+        config.adapter.start = _start(expand(config.adapter.start, "adapter.from"))
     if model.template is not None:
         model.template = _template(expand(model.template, "model.template"))
     config.data.train = _sources(config.data.train, "data.train")
@@ -74,6 +77,11 @@ def _model(text: str) -> str:
     if looks_local or path.is_absolute():
         raise _missing("model.path", path, "Give a folder in transformers format, a GGUF file, or a hub id (org/name).")
     return text
+
+
+def _start(text: str) -> str:
+    """An adapter's place made absolute; whether it is there is looked at where it is needed, which a resumed run doesn't."""
+    return os.path.abspath(text)
 
 
 def _template(text: str) -> str:
@@ -140,7 +148,7 @@ def _output(text: str, model: str) -> str:
             f"`output` is {text}, which is a file.", code="output", where="output", remedy="Give a folder."
         )
     base = Path(model)
-    if base.is_absolute() and (path.resolve() == base.resolve() or base.resolve() in path.resolve().parents):
+    if model and base.is_absolute() and (path.resolve() == base.resolve() or base.resolve() in path.resolve().parents):
         raise RequestError(
             f"`output` is {text}, which is or lies inside the model that is read, {model}; the run would write over it.",
             code="output",

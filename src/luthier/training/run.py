@@ -20,7 +20,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError, LuthierError
 from luthier.models import adapters
 from luthier.report.metrics import read_metrics
-from luthier.training import finish, metrics, numerics
+from luthier.training import finish, metrics, numerics, stage
 from luthier.training.events import Events
 from luthier.training.loop import Loop
 from luthier.training.progress import Progress
@@ -73,8 +73,9 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
     run = Path(config.output)
     with ExitStack() as stack:
         stack.enter_context(full_disk_named(run))
+        config, origin = stage.settle(config, run, allow)
         config, goes_on = reconcile(config, run, allow, say)
-        if config.adapter is not None:
+        if config.adapter is not None and config.adapter.then != "continue":
             adapters.check(config.adapter)
         metrics.resolve(config.evaluate.metrics)
         events = Events(config.callbacks, config.log, run, config, say)
@@ -87,7 +88,7 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
         start = _starting_point(run, say) if goes_on else None
         if not goes_on and (run / "base").exists():  # of a beginning that never saved anything
             publish.remove(run / "base")
-        return _train(Session(config, run, device, start, allow, say), events)
+        return _train(Session(config, run, device, start, allow, say, origin), events)
 
 
 def resume(run: str | Path, overrides: Collection[str] = (), *, allow: Collection[str] = (), say: Say = print) -> Run:
