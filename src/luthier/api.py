@@ -14,7 +14,8 @@ from torch import nn
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
 from luthier.checkpoint.layout import is_adapter
-from luthier.config.read import parse_run, read_resolved, read_run
+from luthier.config import chain
+from luthier.config.read import read_resolved
 from luthier.config.schema import ModelConfig, Precision, RunConfig
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
@@ -59,13 +60,14 @@ class Written:
 def train(config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig, *, allow: Collection[str] = (), say: Callable[[str], None] = print) -> Run:  # fmt: skip
     """Train from a run file, a dict or a RunConfig; goes on where the output folder already holds this run.
 
+    Of several stages the last one's run is returned.
+
     Raises: as ``luthier.training.run.train``.
     """
-    if isinstance(config, str | os.PathLike):
-        config = read_run(Path(config))
-    elif isinstance(config, Mapping):
-        config = parse_run(config)
-    return runs.train(config, allow=allow, say=say)
+    found = chain.read(config) if isinstance(config, str | os.PathLike) else chain.parse(config) if isinstance(config, Mapping) else config  # fmt: skip
+    if isinstance(found, chain.Chain):
+        return runs.train_chain(found, allow=allow, say=say)
+    return runs.train(found, allow=allow, say=say)
 
 
 def resume(run: str | os.PathLike[str], overrides: Collection[str] = (), *, allow: Collection[str] = (), say: Callable[[str], None] = print) -> Run:  # fmt: skip

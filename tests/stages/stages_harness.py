@@ -14,7 +14,7 @@ from tiny import make_llama
 import luthier
 from luthier.training import finish
 
-WORDS = "order lamp red blue help late paid lost ship box morning sea violin".split()
+WORDS = ["order", "lamp", "red", "blue", "help", "late", "paid", "lost", "ship", "box", "morning", "sea", "violin"]
 
 
 def write_data(path: Path, samples: int = 24) -> Path:
@@ -57,6 +57,14 @@ class Home:
         with contextlib.nullcontext() if prove else unproven():
             luthier.train(self.file(output, **more), say=self.said.append)
         return self.folder / output
+
+    def resume(self, run: Path, *overrides: str) -> None:
+        self.said.clear()
+        with unproven():
+            luthier.resume(run, list(overrides), say=self.said.append)
+
+    def said_text(self) -> str:
+        return "\n".join(self.said)
 
     def stage(self, output: str, start: str, then: str, *, prove: bool = False, adapter: dict[str, Any] | None = None, **more: Any) -> Path:  # fmt: skip
         """Train a stage from another run of this home, its base left to it."""

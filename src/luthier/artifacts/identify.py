@@ -10,7 +10,7 @@ from typing import Any
 
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.manifest import Manifest, Problem
-from luthier.artifacts.run_folder import published
+from luthier.artifacts.run_folder import published, stages_of
 from luthier.artifacts.tensorfile import TensorSpec, read_header
 from luthier.errors import ArtifactError, RequestError
 
@@ -108,7 +108,8 @@ def _run(path: Path) -> Artifact:
         _, problems = manifests.check_whole(found.path)
         listed.append({"step": found.step, "path": str(found.path), "whole": not problems})
     newest = next((entry for entry in reversed(listed) if entry["whole"]), None)
-    final = path / "final"
+    stages = [(each, identify(each)) for each in stages_of(path)]
+    final = next((each / "final" for each, _ in reversed(stages) if (each / "final").is_dir()), path / "final")
     inner = identify(final) if final.is_dir() else _folder(Path(newest["path"])) if newest else None
     run = Artifact(path, "run")
     if inner is not None:
@@ -122,6 +123,9 @@ def _run(path: Path) -> Artifact:
     run.base = run.base or {"name": model.get("path") if isinstance(model, dict) else model}
     run.facts = {"checkpoints": listed, "final": str(final) if final.is_dir() else None, "finished": final.is_dir(), "resumes_from": newest["step"] if newest else None}  # fmt: skip
     run.facts["proof"] = _read_json(final / "proof.json") if (final / "proof.json").is_file() else None
+    if stages:
+        run.facts["stages"] = [{"path": str(each), "finished": inside.facts.get("finished", False), "resumes_from": inside.facts.get("resumes_from")} for each, inside in stages]  # fmt: skip
+        run.facts["finished"] = len(stages) == len(config.get("stages") or ()) and all(each["finished"] for each in run.facts["stages"])  # fmt: skip
     run.opens_with = "luthier.load, luthier chat" + (", luthier resume" if newest and not final.is_dir() else "")
     return run
 

@@ -37,7 +37,7 @@ def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
 
 def _adapter_config(model: Any, folder: Path) -> None:
     stacked = stack.is_stacked(model)
-    config = stack.joined_config(model) if stacked else copy.deepcopy(model.peft_config[active_adapter(model)])
+    config: Any = stack.joined_config(model) if stacked else copy.deepcopy(model.peft_config[active_adapter(model)])
     config.inference_mode = True
     for name, value in list(vars(config).items()):
         if isinstance(value, set):  # its order differs from process to process, and a resumed run's bytes must not

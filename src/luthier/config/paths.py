@@ -23,9 +23,18 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises RequestError, its ``where`` the key, for a variable that is not set, a model, template or data file that
     is not there, and an output that is or lies inside the model.
     """
+    return _resolved(config, there=True)
+
+
+def resolve_later(config: RunConfig) -> RunConfig:
+    """The same for a stage whose model may be what the stage before it has yet to write."""
+    return _resolved(config, there=config.model.path == "" or Path(config.model.path).name != "final")
+
+
+def _resolved(config: RunConfig, *, there: bool) -> RunConfig:
     config = config.model_copy(deep=True)
     model = config.model
-    if model.path:
+    if model.path and there:
         model.path = _model(expand(model.path, "model.path"))
     if config.adapter is not None and config.adapter.start is not None:
         config.adapter.start = _start(expand(config.adapter.start, "adapter.from"))

@@ -108,7 +108,7 @@ class AdapterConfig(Section):
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, validate_assignment=True)
 
-    start: Annotated[str, Field(min_length=1)] | None = Field(None, alias="from")
+    start: Annotated[str, Field(min_length=1)] | None = Field(default=None, alias="from")
     """An adapter that was trained before, to start from: a run (its final/; RUN@best, RUN@newest), a checkpoint, or any adapter folder. Needs `then`."""
     then: Literal["continue", "stack", "merge"] | None = None
     """What becomes of `from`: `continue` trains the same adapter further, `stack` leaves it as it is below a new one, `merge` folds it into the base first."""
@@ -135,7 +135,7 @@ class AdapterConfig(Section):
 class OptimConfig(Section):
     """How weights are updated."""
 
-    start: Literal["fresh", "carried"] = Field("fresh", alias="from")
+    start: Literal["fresh", "carried"] = Field(default="fresh", alias="from")
     """With `adapter.then: continue`: a fresh optimiser, or the moments carried over from the checkpoint of `adapter.from`."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"

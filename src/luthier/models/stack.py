@@ -63,7 +63,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
     Raises:
         RequestError: it is something else, which cannot be joined with another adapter.
     """
-    kind = str(config.get("peft_type", "unknown"))
+    kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     defaults = vars(LoraConfig())
     odd = [
         name for name, value in config.items()
@@ -116,7 +116,10 @@ def open_split(base: Base, folder: Path, facts: Mapping[str, Any], *, base_name:
     """
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     joined = _taken_off(base, folder)
-    scaling, ranks = float(facts["scaling"]), {name: (int(low), int(top)) for name, (low, top) in facts["ranks"].items()}
+    scaling, ranks = (
+        float(facts["scaling"]),
+        {name: (int(low), int(top)) for name, (low, top) in facts["ranks"].items()},
+    )
     if {name: sum(pair) for name, pair in ranks.items()} != {name: factors.rank for name, factors in joined.items()}:
         raise ArtifactError(
             "the ranks of this stacked pair are not those that its manifest names.",
@@ -124,7 +127,8 @@ def open_split(base: Base, folder: Path, facts: Mapping[str, Any], *, base_name:
             where=str(folder),
             remedy="Take the folder as it was saved.",
         )
-    lower, upper = {}, {}
+    lower: dict[str, Factors] = {}
+    upper: dict[str, Factors] = {}
     for name, (low, top) in ranks.items():
         for held, part in ((lower, joined[name].part(0, low, scaling)), (upper, joined[name].part(low, low + top, scaling))):  # fmt: skip
             if part is not None:
@@ -214,6 +218,7 @@ def plain_form(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        model.base_model.set_adapter([BELOW, TOP])
         model.base_model.delete_adapter(JOINED)
         _settle(model, _scaling(model))
         for name, weight in model.named_parameters():
@@ -313,7 +318,9 @@ def _scaling(model: Any) -> float:
     Raises:
         RequestError: they have several, so that they are no stacked pair of ours and cannot be saved as one adapter.
     """
-    found = {float(layer.scaling[name]) for _, layer in _layers(model) for name in (BELOW, TOP) if name in layer.scaling}
+    found = {
+        float(layer.scaling[name]) for _, layer in _layers(model) for name in (BELOW, TOP) if name in layer.scaling
+    }
     if len(found) != 1:
         raise RequestError(
             f"the adapters {BELOW} and {TOP} have different scalings, so they cannot be saved as one.",

@@ -79,11 +79,12 @@ def settle(config: RunConfig, run: Path, allow: Collection[str] = ()) -> tuple[R
     expected = (facts.get("base") or {}).get("fingerprint") or _in_header(folder / WEIGHTS)
     _check_base(config, expected, folder, allow)
     assert config.adapter is not None and config.adapter.then is not None
-    if config.adapter.then == "continue":
+    then = config.adapter.then
+    if then == "continue":
         config.adapter = _own_settings(config.adapter, found, saved, facts.get("stack"))
     else:
         adapters.check(config.adapter)
-    if config.adapter.then == "stack":
+    if then == "stack":
         _check_stack(config, saved, folder)
     notes = [_said(config, found)]
     left = sorted(path.name for path in folder.iterdir() if path.name in _LEFT or path.name.startswith("rng_state"))
@@ -95,9 +96,14 @@ def settle(config: RunConfig, run: Path, allow: Collection[str] = ()) -> tuple[R
     own = Path(config.model.path)
     is_own = own.name == "base" and (own / manifests.NAME).is_file() and (own.parent / "run.yaml").is_file()
     return config, Origin(
-        config.adapter.then, folder, expected, own if is_own else None, facts.get("stack"),
+        then, folder, expected, own if is_own else None, facts.get("stack"),
         _moments(config, found, facts), parent, notes,
     )  # fmt: skip
+
+
+def look(config: RunConfig) -> None:
+    """Find everything that `settle` would find, of a stage that begins later."""
+    settle(config, Path(config.output))
 
 
 def refuse_adapter(path: str) -> None:
@@ -153,7 +159,12 @@ def _filled(config: RunConfig, found: Location, saved: dict[str, Any]) -> RunCon
         else:
             facts = manifests.read(found.path).facts if (found.path / manifests.NAME).is_file() else {}
             name = (facts.get("base") or {}).get("name") or saved.get("base_model_name_or_path") or ""
-            if stored is not None and stored.model.path and not Path(name).exists() and Path(stored.model.path).exists():
+            if (
+                stored is not None
+                and stored.model.path
+                and not Path(name).exists()
+                and Path(stored.model.path).exists()
+            ):
                 name = stored.model.path
             if not name or (Path(name).is_absolute() and not Path(name).exists()):
                 raise RequestError(
@@ -176,9 +187,9 @@ def _filled(config: RunConfig, found: Location, saved: dict[str, Any]) -> RunCon
 
 def _check_base(config: RunConfig, expected: str, folder: Path, allow: Collection[str]) -> None:
     path = Path(config.model.path)
-    if expected and path.is_dir() and (path / "config.json").is_file() and not compare.is_allowed("model.path", allow):
-        if fingerprint.of_folder(path) != expected:
-            raise other_base(config.model.path, folder)
+    is_known = expected != "" and (path / "config.json").is_file() and not compare.is_allowed("model.path", allow)
+    if is_known and fingerprint.of_folder(path) != expected:
+        raise other_base(config.model.path, folder)
 
 
 def other_base(name: str, folder: Path) -> RequestError:
@@ -217,14 +228,19 @@ def _own_settings(
         if key not in ("from", "then") and not _same(key, value, own.get(key, saved.get(key)), stored is not None)
     }
     if different:
-        told = "; ".join(f"{key} is {show(theirs)} there and {show(ours)} here" for key, (ours, theirs) in different.items())  # fmt: skip
-        raise RequestError(
-            f"`continue` trains the adapter as it is, and these keys are not its own: {told}.",
-            code="adapter-differs",
-            where=f"adapter.{next(iter(different))}",
-            remedy="Leave them out; or take `then: stack` (a new adapter on top) or `then: merge` (folded into the base first).",
-        )
+        raise differs(different)
     return AdapterConfig.model_validate({"from": given.start, "then": given.then, **own})
+
+
+def differs(keys: dict[str, tuple[Any, Any]]) -> RequestError:
+    """The error for settings of an adapter that is continued: by key, what is asked for and what it has."""
+    told = "; ".join(f"{key} is {show(theirs)} there and {show(ours)} here" for key, (ours, theirs) in keys.items())
+    return RequestError(
+        f"`continue` trains the adapter as it is, and these keys are not its own: {told}.",
+        code="adapter-differs",
+        where=f"adapter.{next(iter(keys))}",
+        remedy="Leave them out; or take `then: stack` (a new adapter on top) or `then: merge` (folded into the base first).",
+    )
 
 
 def _same(key: str, ours: Any, theirs: Any, exact: bool) -> bool:
@@ -237,23 +253,28 @@ def _same(key: str, ours: Any, theirs: Any, exact: bool) -> bool:
 
 def _check_stack(config: RunConfig, saved: dict[str, Any], folder: Path) -> None:
     stack.check(saved, str(folder))
-    adapter = config.adapter
-    assert adapter is not None
-    odd = [
-        name
-        for name, used in (
-            (f"adapter.type {adapter.type}", adapter.type != "lora"),
-            ("adapter.dora", adapter.dora),
-            ("adapter.modules_to_save", adapter.modules_to_save),
-            ("model.new_tokens", config.model.new_tokens),
+    assert config.adapter is not None
+    check_plain(config.adapter, "adapter.then")
+    if config.model.new_tokens:
+        raise RequestError(
+            "`stack` puts a plain LoRA adapter on a plain LoRA adapter; model.new_tokens is more than that.",
+            code="cannot-stack",
+            where="model.new_tokens",
+            remedy="Use adapter.then: merge, which takes every adapter.",
         )
-        if used
+
+
+def check_plain(adapter: AdapterConfig, where: str) -> None:
+    """Raises RequestError for an adapter that is more than LoRA's two factors, which no stack can hold."""
+    used = {"dora": adapter.dora, "modules_to_save": adapter.modules_to_save, "type": adapter.type != "lora"}
+    odd = [
+        f"adapter.{name}" + (f" {adapter.type}" if name == "type" else "") for name, is_used in used.items() if is_used
     ]
     if odd:
         raise RequestError(
             f"`stack` puts a plain LoRA adapter on a plain LoRA adapter; {', '.join(odd)} is more than that.",
             code="cannot-stack",
-            where="adapter.then",
+            where=where,
             remedy="Leave it out, or use adapter.then: merge, which takes every adapter.",
         )
 
