@@ -93,8 +93,10 @@ def test_stacked_result_loads_for_training_as_two_adapters(home):
     assert list(plain.peft_config) == ["default"]
 
 
-def test_three_stages_on_one_another(home):
+def test_three_stages_on_one_another(tmp_path):
     """A lower adapter that is itself a joined one is just a LoRA, whatever its ranks are; the top goes on alone."""
+    home = Home(tmp_path, tie=False)
+    home.train("one")
     two = home.stage("second", "one", "stack", adapter={"r": 2, "target": ["q_proj", "embed_tokens"]})
     config = json.loads((two / "final" / "adapter_config.json").read_text())
     assert config["rank_pattern"]
@@ -111,7 +113,9 @@ def test_merge_writes_the_sum_as_the_runs_own_base(home):
     run = home.stage("merged", "one", "merge", adapter={"r": 2})
     sum_of_both = logits(run / "base")
     assert (sum_of_both - logits(home.folder / "one" / "final")).abs().max() < 2e-5
-    assert json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "base")
+    assert json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        run / "base"
+    )
     assert [p["kind"] for p in manifests.read(run / "base").facts["parents"]] == ["base", "adapter"]
     assert [p["kind"] for p in facts(run)["parents"]] == ["base", "adapter"]
 
@@ -164,7 +168,9 @@ def test_finished_stage_is_not_run_again_and_moved_origin_is_known(home):
 
 def test_carried_moments_are_those_of_the_checkpoint(home):
     for start in ("one", "one/checkpoints/step-00000006"):
-        run = home.stage(f"carried-{Path(start).name}", start, "continue", **still(optim={"lr": 1e-30, "from": "carried"}))
+        run = home.stage(
+            f"carried-{Path(start).name}", start, "continue", **still(optim={"lr": 1e-30, "from": "carried"})
+        )
         assert "moments are carried over" in home.said_text()
         old = load_file(folder_of(home.folder / "one", 6) / "trainer" / "optimizer.safetensors")
         new = load_file(folder_of(run, 1) / "trainer" / "optimizer.safetensors")
@@ -207,7 +213,11 @@ def test_continue_with_other_settings_names_them_and_the_other_words(home):
 
 @pytest.mark.parametrize(
     ("config", "text"),
-    [({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias")],
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+    ],
 )
 def test_only_plain_lora_is_stacked_upon(home, tmp_path, config, text):
     error = refused(home, "no-2", str(foreign(home, tmp_path / "a", **config)), "stack")
@@ -248,7 +258,9 @@ def test_moments_that_are_not_there_are_an_error(home, tmp_path):
     assert error.code == "no-moments"
 
 
-@pytest.mark.parametrize("what", ["one", "one/final", "one/checkpoints/step-00000006", "one/checkpoints/step-00000006/adapter"])
+@pytest.mark.parametrize(
+    "what", ["one", "one/final", "one/checkpoints/step-00000006", "one/checkpoints/step-00000006/adapter"]
+)
 def test_model_that_is_an_adapter_shows_the_three_words(home, what):
     path = home.folder / what
     with pytest.raises(luthier.RequestError) as caught:
@@ -282,8 +294,8 @@ def test_damaged_lower_part_is_noticed_when_a_stack_is_restored(home):
     changed = {name: tensor + (1 if "lora_A" in name else 0) for name, tensor in load_file(checkpoint).items()}
     checkpoint.unlink()
     save_file(changed, checkpoint, metadata={"format": "pt"})
-    from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.artifacts.run_folder import Found
+    from luthier.checkpoint.checkpoints import Checkpoints
 
     with pytest.raises(luthier.ArtifactError) as caught:
         Checkpoints(run).load(Found(2, folder_of(run, 2)), model)

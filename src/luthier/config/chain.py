@@ -194,7 +194,7 @@ def _laid_over(common: Mapping[str, Any], item: Mapping[str, Any], prefix: str =
     merged = copy.deepcopy(dict(common))
     for key, value in item.items():
         name = f"{prefix}{key}"
-        below = _block(merged, key) if name in SHORT_FORM else merged.get(key)
+        below = _block(merged, key) if name in ("model", "adapter") else merged.get(key)
         for pair in EXCLUSIVE:
             if name in pair:
                 merged.pop((set(pair) - {name}).pop().rpartition(".")[2], None)
