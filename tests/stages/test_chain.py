@@ -113,6 +113,7 @@ def test_stage_that_is_trained_further_makes_the_later_ones_say_so(home):
     assert published(home.folder / "out" / "1-a")[-1].step == 4
 
 
+@pytest.mark.slow
 def test_whole_model_then_an_adapter_on_it(home):
     path = file(
         home, {"name": "full", "adapter": "none", "optim": {"lr": 0.001}}, {"name": "lora", "adapter": {"r": 2}}
@@ -153,6 +154,7 @@ def test_what_is_wrong_with_a_later_stage_is_found_before_the_first_trains(home)
     assert error.code == "stage-name"
 
 
+@pytest.mark.slow
 def test_exit_code_is_2_and_plan_and_data_show_each_stage(home, capsys):
     path = file(home, {}, {"adapter": {"then": "continue"}, "optim": {"lrr": 1}})
     assert cli.main(["train", str(path)]) == 2

@@ -93,6 +93,7 @@ def test_stacked_result_loads_for_training_as_two_adapters(home):
     assert list(plain.peft_config) == ["default"]
 
 
+@pytest.mark.slow
 def test_three_stages_on_one_another(tmp_path):
     """A lower adapter that is itself a joined one is just a LoRA, whatever its ranks are; the top goes on alone."""
     home = Home(tmp_path, tie=False)
@@ -120,6 +121,7 @@ def test_merge_writes_the_sum_as_the_runs_own_base(home):
     assert [p["kind"] for p in facts(run)["parents"]] == ["base", "adapter"]
 
 
+@pytest.mark.slow
 def test_merge_is_computed_in_fp32_and_rounded_once(tmp_path):
     home = Home(tmp_path, dtype=torch.bfloat16)
     one = home.train("one", model={"path": str(tmp_path / "base"), "precision": "bf16"})
@@ -166,6 +168,7 @@ def test_finished_stage_is_not_run_again_and_moved_origin_is_known(home):
     assert (run / "final" / WEIGHTS).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_carried_moments_are_those_of_the_checkpoint(home):
     for start in ("one", "one/checkpoints/step-00000006"):
         run = home.stage(
@@ -189,12 +192,69 @@ def foreign(home: Home, folder: Path, **config) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", ["continue", "stack", "merge"])
 def test_foreign_checkpoint_is_a_start_and_the_log_says_what_is_left(home, tmp_path, then):
     folder = foreign(home, tmp_path / "checkpoint-7")
     run = home.stage(f"foreign-{then}", str(folder), then, **still())
     assert (logits(run / "final") - logits(folder)).abs().max() < 1e-4
     assert "not carried over: optimizer.pt, rng_state.pth, scheduler.pt" in home.said_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"use_rslora": True, "rank_pattern": {"layers.0.self_attn.q_proj": 5}},
+        {"trainable_token_indices": [5, 81]},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_every_adapter_merges_and_continues_to_where_it_was(home, tmp_path, config):
+    folder = foreign(home, tmp_path / "a", **config)
+    for then in ("continue", "merge"):
+        run = home.stage(f"{next(iter(config))}-{then}", str(folder), then, **still())
+        assert (logits(run / "final") - logits(folder)).abs().max() < 1e-4, then
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["continue", "merge"])
+def test_new_tokens_and_the_base_they_made_go_along(tmp_path, then):
+    home = Home(tmp_path)
+    tokens = ["<|tool|>", "<|more|>"]
+    one = home.train("one", model={"path": str(tmp_path / "base"), "new_tokens": tokens}, train={"steps": 2})
+    ended = logits(one / "final")
+    run = home.stage("two", "one", then, **still())
+    shutil.rmtree(one)
+    assert (logits(run / "final") - ended).abs().max() < 2e-5
+    assert luthier.load(run)[1].convert_tokens_to_ids(tokens) == [320, 321]
+
+
+def test_template_that_only_the_adapter_has_is_taken(tmp_path):
+    home = Home(tmp_path)
+    one = home.train("one", train={"steps": 1})
+    adapter = tmp_path / "adapter"
+    shutil.copytree(one / "final", adapter)
+    (adapter / "luthier.json").unlink()
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "base" / name, adapter / name)
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    run = home.stage("two", str(adapter), "continue", **still())
+    assert (run / "final" / "chat_template.jinja").read_text() == (adapter / "chat_template.jinja").read_text()
+
+
+@pytest.mark.slow
+def test_stack_is_saved_by_hand_as_one_adapter_and_trains_on(home, tmp_path):
+    run = home.stage("by-hand", "one", "stack", adapter={"r": 2}, train={"steps": 2})
+    model, tokenizer = luthier.load(run, trainable=True)
+    assert luthier.save(model, tmp_path / "saved", tokenizer=tokenizer).proof.passed
+    assert torch.equal(logits(tmp_path / "saved"), logits(run / "final"))
+    on = home.stage("by-hand-2", str(tmp_path / "saved"), "continue", train={"steps": 1})
+    before, after = weights(run), weights(on)
+    a = next(name for name in before if "lora_A" in name)
+    assert torch.equal(before[a][:4], after[a][:4]) and not torch.equal(before[a][4:], after[a][4:])
 
 
 def refused(home: Home, output: str, start: str, then: str, **more) -> luthier.RequestError:
@@ -229,6 +289,7 @@ def test_new_adapter_of_a_stack_is_plain_lora_too(home):
     assert error.code == "cannot-stack" and "adapter.dora" in str(error)
 
 
+@pytest.mark.slow
 def test_experts_are_refused_by_name_in_a_stack_and_continue(tmp_path):
     home = Home(tmp_path)
     shutil.rmtree(tmp_path / "base")

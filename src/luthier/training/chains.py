@@ -42,7 +42,7 @@ def _check(config: RunConfig, before: dict[str, RunConfig]) -> None:
         return
     if adapter.then != "continue":
         adapters.check(adapter)
-    earlier = before.get(adapter.start or "")
+    earlier = before.get((adapter.start or "").partition("@")[0])
     if earlier is None or earlier.adapter is None:
         if adapter.start is not None and earlier is None:
             origins.look(config)
@@ -121,6 +121,8 @@ def check_order(stage: Stage) -> None:
     if start is not None:
         known = {p.get("fingerprint") for p in newest.facts.get("parents", []) if p.get("kind") == "adapter"}
         there = origins.fingerprint_at(start) if os.path.isdir(start.partition("@")[0]) else None
+    elif stage.number == 1 or (run / "base").exists():
+        return
     else:
         start = stage.config.model.path
         known = {newest.facts["base"]["fingerprint"]}

@@ -177,7 +177,7 @@ class Session:
         facts: dict[str, Any] = {"base": identity, "parents": [{"kind": "base", **identity}, *earlier]}
         if stack.is_stacked(model):
             known = self.origin.stack if self.origin and self.origin.stack and self.origin.then == "continue" else self.then.get("stack")  # fmt: skip
-            below = known["below"] if known else self.origin.parent if self.origin else {}
+            below = known.get("below", {}) if known else self.origin.parent if self.origin else {}
             facts["stack"] = {"below": below, **stack.facts_of(cast(Any, model))}
         return facts
 

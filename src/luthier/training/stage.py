@@ -76,6 +76,8 @@ def settle(config: RunConfig, run: Path, allow: Collection[str] = ()) -> tuple[R
     saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     facts = manifests.read(found.path).facts if (found.path / manifests.NAME).is_file() else {}
     config = _filled(config.model_copy(deep=True), found, saved)
+    if not config.model.template and (folder / "chat_template.jinja").is_file() and _lacks_template(config.model.path):
+        config.model.template = str(folder / "chat_template.jinja")
     expected = (facts.get("base") or {}).get("fingerprint") or _in_header(folder / WEIGHTS)
     _check_base(config, expected, folder, allow)
     assert config.adapter is not None and config.adapter.then is not None
@@ -183,6 +185,19 @@ def _filled(config: RunConfig, found: Location, saved: dict[str, Any]) -> RunCon
                 setattr(config.model, name, value)
         config.train.max_length = config.train.max_length or stored.train.max_length
     return config
+
+
+def _lacks_template(base: str) -> bool:
+    """Whether a local base's tokenizer has no chat template, so that the one the adapter was trained with is needed."""
+    path = Path(base)
+    settings = path / "tokenizer_config.json"
+    if (
+        not settings.is_file()
+        or (path / "chat_template.jinja").exists()
+        or (path / "additional_chat_templates").exists()
+    ):
+        return False
+    return not json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
 
 
 def _check_base(config: RunConfig, expected: str, folder: Path, allow: Collection[str]) -> None:
