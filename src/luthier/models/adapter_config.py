@@ -90,6 +90,22 @@ def field_of(type_name: str, ours: str) -> str | None:
     return next((name for name in names if name in fields), None)
 
 
+def described(saved: dict[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json in the run file's words: type, r, alpha, target, … as far as its method has them.
+
+    Raises:
+        RequestError: its method is none that can be trained here.
+    """
+    kind = str(saved.get("peft_type", "")).lower()
+    values: dict[str, Any] = {"type": kind}
+    for ours in _OURS:
+        name = field_of(kind, ours)
+        value = saved.get(name) if name is not None else None
+        if value is not None and (value or ours == "dropout"):
+            values[ours] = sorted(value) if isinstance(value, list) else value
+    return values
+
+
 def _value(adapter: AdapterConfig, ours: str, target: list[str] | str | None) -> Any:
     if ours == "target":
         return target

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -21,7 +21,7 @@ from luthier.models.adapter_config import build, check, field_of, uses_linear_la
 from luthier.models.open import Base
 from luthier.models.targets import ALL_LINEAR, Targets, all_linear, check_names, expert_parameters, named
 
-__all__ = ["Matched", "attach", "check", "matched", "summary"]
+__all__ = ["Matched", "attach", "check", "config_for", "matched", "summary"]
 
 _LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3", "vera": "VeRA", "oft": "OFT", "boft": "BOFT"}
 
@@ -53,10 +53,8 @@ def attach(
     Raises:
         RequestError: a key is not peft's, a target matches nothing, or the method cannot do what is asked.
     """
-    check(adapter)
     model = base.model
-    check_names(model, adapter.modules_to_save, "adapter.modules_to_save")
-    config = build(adapter, **_arguments(model, adapter, new_token_ids))
+    config = config_for(model, adapter, new_token_ids)
     with torch.random.fork_rng(devices=_devices(model)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(seed)
@@ -69,6 +67,13 @@ def attach(
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     wrapped.peft_config["default"].revision = base.source.revision if base_name == base.source.name else None
     return wrapped
+
+
+def config_for(model: PreTrainedModel, adapter: AdapterConfig, new_token_ids: Sequence[int] = ()) -> PeftConfig:
+    """The peft config that `adapter` means on a model; raises as `attach` does."""
+    check(adapter)
+    check_names(model, adapter.modules_to_save, "adapter.modules_to_save")
+    return build(adapter, **_arguments(model, adapter, new_token_ids))
 
 
 def matched(model: PeftModel) -> Matched:

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from luthier.artifacts.files import inside
 from luthier.artifacts.tensorfile import check_length, read_header
+from luthier.config.schema import three_words
 from luthier.errors import ArtifactError, RequestError
 
 INDEX = "model.safetensors.index.json"
@@ -95,7 +96,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"{folder} holds both a model and an adapter; transformers would attach that adapter without a word.",
             code="adapter-in-base",
             where="model.path",
-            remedy="Move adapter_config.json and adapter_model.safetensors into a folder of their own.",
+            remedy=f"Move adapter_config.json and adapter_model.safetensors into a folder of their own. {three_words(str(folder))}",
         )
     pickles = pickle_files(folder)
     for file, names in ({name: set[str]() for name in pickles} if pickles else _weight_files(folder)).items():
