@@ -11,13 +11,14 @@ TYPE_CHECKING = False  # typing takes longer to import than this package; type c
 if TYPE_CHECKING:
     from typing import Any
 
-    from luthier.api import describe, load, mend, resume, save, train
+    from luthier.api import combine, describe, load, mend, resume, save, train
     from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.config.schema import RunConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "combine": "luthier.api",
     "load": "luthier.api",
     "save": "luthier.api",
     "train": "luthier.api",
@@ -28,7 +29,7 @@ _HOMES = {
     "RunConfig": "luthier.config.schema",
 }
 
-__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "describe", "load", "mend", "resume", "save", "train"]  # fmt: skip
+__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "combine", "describe", "load", "mend", "resume", "save", "train"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

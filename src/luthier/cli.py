@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from luthier.config.schema import RunConfig
+
 VERBS = {
     "train": ("RUN.yaml [key.sub=value …]", "train; goes on where the output folder already holds this run"),
     "resume": ("RUN [key.sub=value …] [--allow KEY]", "go on from the newest whole checkpoint"),
@@ -143,7 +145,10 @@ def _parser(verb: str) -> ArgumentParser:
         add("overrides", nargs="*", metavar="key.sub=value", help="change a key of the run file")
     if verb in ("train", "resume"):
         add("--allow", action="append", default=[], metavar="KEY", help="let this key differ from the existing run")
+    if verb in ("plan", "data"):
+        add("--stage", metavar="N", help="of a run file with stages only this one, by number or name")
     if verb == "train":
+        add("--stage", help="with --dry-run: only this stage")
         add("--dry-run", action="store_true", help="the same as `luthier plan`")
     if verb in ("inspect", "verify", "prove", "eval", "chat"):
         add("path", metavar="PATH", help="a run, RUN@best, a checkpoint, an adapter, a model folder or a GGUF file")
@@ -163,7 +168,13 @@ def _parser(verb: str) -> ArgumentParser:
         add("--prompt", metavar="TEXT", help="answer this and end")
         add("--system", metavar="TEXT", help="a system message")
         add("--max-new-tokens", type=_number(int, 1), default=256, metavar="N", help="longest answer (256)")
-        add("--temperature", type=_number(float, 0), default=0.0, metavar="T", help="0 always takes the likeliest token (0)")
+        add(
+            "--temperature",
+            type=_number(float, 0),
+            default=0.0,
+            metavar="T",
+            help="0 always takes the likeliest token (0)",
+        )
     if verb in ("eval", "chat"):
         add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
     if verb == "mend":
@@ -184,21 +195,26 @@ def _train(options: Namespace) -> int:
     if options.dry_run:
         options.json = False
         return _plan(options)
-    from luthier.config.read import read_run
+    from luthier.config.chain import Chain, read
 
-    config = read_run(options.run_file, options.overrides)
-    from luthier.training.run import train
+    config = read(options.run_file, options.overrides)
+    from luthier.training.run import train, train_chain
 
-    train(config, allow=options.allow)
+    if isinstance(config, Chain):
+        train_chain(config, allow=options.allow)
+    else:
+        train(config, allow=options.allow)
     return 0
 
 
 def _resume(options: Namespace) -> int:
     from pathlib import Path
 
+    from luthier.config.chain import is_chain
     from luthier.training.resolve import stored_config
 
-    stored_config(Path(options.run))
+    if not is_chain(Path(options.run)):
+        stored_config(Path(options.run))
     from luthier.training.run import resume
 
     resume(options.run, options.overrides, allow=options.allow)
@@ -206,31 +222,59 @@ def _resume(options: Namespace) -> int:
 
 
 def _plan(options: Namespace) -> int:
-    from luthier.config.read import read_run
-
-    config = read_run(options.run_file, options.overrides)
+    wanted = _stages(options)
     from luthier.training.plan import plan
 
-    made = plan(config)
-    _print_json(made.as_dict()) if options.json else print(made)
+    made = {}
+    for title, config in wanted.items():
+        if title and not options.json:
+            print(f"stage {title}")
+        made[title] = plan(config)
+        if not options.json:
+            print(made[title])
+    if options.json:
+        _print_json({title: each.as_dict() for title, each in made.items()} if "" not in made else made[""].as_dict())
     return 0
 
 
-def _data(options: Namespace) -> int:
-    from luthier.config.read import read_run
+def _stages(options: Namespace) -> dict[str, RunConfig]:
+    """The runs of a run file by their stage's title (empty for a file of one run); those that can be looked at now."""
+    from luthier.config.chain import Chain, read
 
-    config = read_run(options.run_file, options.overrides)
+    found = read(options.run_file, options.overrides)
+    if not isinstance(found, Chain):
+        return {"": found}
+    from luthier.training.chains import check, ready
+
+    check(found)
+    stages = [found.stage(options.stage)] if options.stage else list(found.stages)
+    for stage in [stage for stage in stages if not ready(stage)]:
+        _say_progress(
+            f"stage {stage.title} starts from a stage that has not been trained yet, so it cannot be looked at."
+        )
+    return {stage.title: stage.config for stage in stages if ready(stage)}
+
+
+def _data(options: Namespace) -> int:
+    wanted = _stages(options)
+    from pathlib import Path
+
     from rich.console import Console
 
     from luthier.data import prepare
     from luthier.data.show import show
     from luthier.models.open import open_config, open_tokenizer
     from luthier.training.resolve import before_data, pick_device
+    from luthier.training.stage import settle
 
-    config = before_data(config, open_config(config.model), pick_device())
-    tokenizer = open_tokenizer(config.model)
     console = Console()
-    show(prepare(config, tokenizer, say=_say_progress), config, tokenizer, console, samples=options.samples)
+    for title, config in wanted.items():
+        if title:
+            console.print(f"stage {title}")
+        config, _ = settle(config, Path(config.output))
+        config = before_data(config, open_config(config.model), pick_device())
+        tokenizer = open_tokenizer(config.model)
+        show(prepare(config, tokenizer, say=_say_progress), config, tokenizer, console, samples=options.samples)
     return 0
 
 

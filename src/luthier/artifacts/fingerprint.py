@@ -61,7 +61,8 @@ def of_folder(folder: Path) -> str:
     return remembered([*files, config], lambda: _of_model(files, config))
 
 
-def _of_model(files: Sequence[Path], config: Path) -> str:
+def of_weights(files: Sequence[Path]) -> str:
+    """Fingerprint of the tensors in safetensors files alone, such as an adapter's."""
     places: list[Place] = []
     for path in files:
         check_length(path)
@@ -71,7 +72,11 @@ def _of_model(files: Sequence[Path], config: Path) -> str:
         digests = [
             d for found in pool.map(lambda job: list(digest_file(job[0], job[0].name, job[1])), jobs) for d in found
         ]
-    return combine(of_tensors(places, digests), json.loads(config.read_text()) if config.is_file() else {})
+    return of_tensors(places, digests)
+
+
+def _of_model(files: Sequence[Path], config: Path) -> str:
+    return combine(of_weights(files), json.loads(config.read_text()) if config.is_file() else {})
 
 
 def combine(weights: str, config: Mapping[str, Any]) -> str:

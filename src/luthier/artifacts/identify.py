@@ -15,7 +15,7 @@ from luthier.artifacts.json_file import read_object
 from luthier.artifacts.lineage import Ancestor, lineage
 from luthier.artifacts.manifest import Problem
 from luthier.artifacts.names import is_adapters
-from luthier.artifacts.run_folder import published
+from luthier.artifacts.run_folder import published, stages_of
 from luthier.artifacts.tensorfile import TensorSpec, read_header
 from luthier.config.yaml_text import load as load_yaml
 from luthier.errors import ArtifactError, RequestError
@@ -151,7 +151,8 @@ def _run(contents: Contents) -> Artifact:
         _, damaged = manifests.check_whole(found.path)
         listed.append({"step": found.step, "path": str(found.path), "whole": not damaged})
     newest = next((entry for entry in reversed(listed) if entry["whole"]), None)
-    final = path / "final"
+    stages = [(each, identify(each)) for each in stages_of(path)]
+    final = next((each / "final" for each, _ in reversed(stages) if (each / "final").is_dir()), path / "final")
     inner = _folder(final) if final.is_dir() else _folder(Path(newest["path"])) if newest else None
     if inner is not None:
         run.base, run.adapter, run.precision = inner.base, inner.adapter, inner.precision
@@ -164,11 +165,21 @@ def _run(contents: Contents) -> Artifact:
     run.base = run.base or ({"name": model.get("path") if isinstance(model, dict) else model} if model else None)
     run.facts = {"checkpoints": listed, "final": str(final) if final.is_dir() else None, "finished": final.is_dir(), "resumes_from": newest["step"] if newest else None}  # fmt: skip
     run.facts["proof"] = _proof(final)
+    if stages:
+        _describe_stages(run, stages, config)
     ways = ["luthier.load, luthier chat"] if inner is not None else []
     if newest and not final.is_dir():
         ways.append("luthier resume")
     run.opens_with = ", ".join(ways)
     return run
+
+
+def _describe_stages(run: Artifact, stages: list[tuple[Path, Artifact]], config: Any) -> None:
+    known = ("finished", "resumes_from")
+    run.facts["stages"] = [{"path": str(each), **{key: found.facts.get(key) for key in known}} for each, found in stages]  # fmt: skip
+    wanted = config.get("stages") if config else None
+    all_there = len(stages) == len(wanted) if isinstance(wanted, list) else False
+    run.facts["finished"] = all_there and all(found.facts.get("finished") for _, found in stages)
 
 
 def _proof(final: Path) -> dict[str, Any] | None:

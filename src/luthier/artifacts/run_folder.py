@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_STAGE = re.compile(r"(\d+)-.+")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -29,3 +30,11 @@ def published(run: Path) -> list[Found]:
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
     return sorted((Found(int(match[1]), path) for match, path in found if match), key=lambda item: item.step)
+
+
+def stages_of(run: Path) -> list[Path]:
+    """The folders of the stages inside the output of a run file with several, in their order; empty for any other run."""
+    if (run / "checkpoints").exists() or not (run / "run.yaml").is_file():
+        return []
+    found = [(_STAGE.fullmatch(path.name), path) for path in run.iterdir() if (path / "run.yaml").is_file()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]

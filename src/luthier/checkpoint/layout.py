@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from luthier.artifacts.runs import Runs
 from luthier.artifacts.tensorfile import TensorSpec
+from luthier.models import stack
 
 TO_FILE = {
     torch.bool: "BOOL",
@@ -103,6 +104,9 @@ def to_files(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, to
     if is_adapter(model):
         from peft import get_peft_model_state_dict
 
+        if stack.is_stacked(model):
+            return stack.to_files(model, tensors)
+
         return get_peft_model_state_dict(
             model,
             state_dict=tensors,
@@ -131,7 +135,7 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
         name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)
     }
     if is_adapter(model):
-        return tensors
+        return stack.own(tensors) if stack.is_stacked(model) else tensors
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     followers = set(getattr(model, "all_tied_weights_keys", None) or ())
     names: dict[int, list[str]] = {}

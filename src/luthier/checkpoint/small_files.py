@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from luthier.checkpoint.layout import active_adapter, is_adapter
+from luthier.models import stack
 
 
 def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
@@ -35,7 +36,8 @@ def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
 
 
 def _adapter_config(model: Any, folder: Path) -> None:
-    config = copy.deepcopy(model.peft_config[active_adapter(model)])
+    stacked = stack.is_stacked(model)
+    config: Any = stack.joined_config(model) if stacked else copy.deepcopy(model.peft_config[active_adapter(model)])
     config.inference_mode = True
     for name, value in list(vars(config).items()):
         if isinstance(value, set):  # its order differs from process to process, and a resumed run's bytes must not

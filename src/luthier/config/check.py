@@ -46,6 +46,10 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
                 continue
             problems.append(problem)
         return None, problems
+    if not config.model.path and not problems and not (config.adapter and config.adapter.start):
+        key = "model" if "model" not in values else "model.path"
+        remedy = f"It takes {allowed('model')}: {known['model'].line}"
+        problems = [Problem(key, f"`{key}` is missing.", remedy, "missing-key")]
     return (None, problems) if problems else (config, [])
 
 

@@ -139,7 +139,7 @@ def _flat(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
     values = config.model_dump(mode="json")
     if config.adapter is not None:  # defaults too, which are not written for every method
-        values["adapter"] = dict(config.adapter)
+        values["adapter"] = config.adapter.whole()
     for key, value in walk(values, ""):
         if key != "adapter" or value is not None:  # no adapter: its keys are absent, which is difference enough
             yield key, value

@@ -23,9 +23,21 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises RequestError, its ``where`` the key, for a variable that is not set, a model, template or data file that
     is not there, and an output that is or lies inside the model.
     """
+    return _resolved(config, there=True)
+
+
+def resolve_later(config: RunConfig) -> RunConfig:
+    """The same for a stage whose model may be what the stage before it has yet to write."""
+    return _resolved(config, there=config.model.path == "" or Path(config.model.path).name != "final")
+
+
+def _resolved(config: RunConfig, *, there: bool) -> RunConfig:
     config = config.model_copy(deep=True)
     model = config.model
-    model.path = _model(expand(model.path, "model.path"))
+    if model.path and there:
+        model.path = _model(expand(model.path, "model.path"))
+    if config.adapter is not None and config.adapter.start is not None:
+        config.adapter.start = _start(expand(config.adapter.start, "adapter.from"))
     if model.template is not None:
         model.template = _template(expand(model.template, "model.template"))
     config.data.train = _sources(config.data.train, "data.train")
@@ -74,6 +86,11 @@ def _model(text: str) -> str:
     if looks_local or path.is_absolute():
         raise _missing("model.path", path, "Give a folder in transformers format, a GGUF file, or a hub id (org/name).")
     return text
+
+
+def _start(text: str) -> str:
+    """An adapter's place made absolute; whether it is there is looked at where it is needed, which a resumed run doesn't."""
+    return os.path.abspath(text)
 
 
 def _template(text: str) -> str:
@@ -140,7 +157,7 @@ def _output(text: str, model: str) -> str:
             f"`output` is {text}, which is a file.", code="output", where="output", remedy="Give a folder."
         )
     base = Path(model)
-    if base.is_absolute() and (path.resolve() == base.resolve() or base.resolve() in path.resolve().parents):
+    if model and base.is_absolute() and (path.resolve() == base.resolve() or base.resolve() in path.resolve().parents):
         raise RequestError(
             f"`output` is {text}, which is or lies inside the model that is read, {model}; the run would write over it.",
             code="output",

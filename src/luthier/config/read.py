@@ -22,25 +22,25 @@ from luthier.config.check import Problem, validate
 from luthier.config.schema import RunConfig
 from luthier.errors import RequestError
 
-_EXCLUSIVE = (("train.epochs", "train.steps"), ("train.batch_tokens", "train.batch_samples"))
-_SHORT_FORM = {"model": "path", "data.train": "path", "data.eval": "path", "adapter": "type"}
+EXCLUSIVE = (("train.epochs", "train.steps"), ("train.batch_tokens", "train.batch_samples"))
+SHORT_FORM = {"model": "path", "data.train": "path", "data.eval": "path", "adapter": "type"}
 
 
 def read_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file; raises RequestError naming the key, its line, what is allowed and the remedy."""
-    values, origin = _file(Path(path))
-    return _parse(values, origin, overrides, look=paths.resolve)
+    values, origin = file_of(Path(path))
+    return check(values, origin, overrides, look=paths.resolve)
 
 
 def read_resolved(path: str | os.PathLike[str]) -> RunConfig:
     """Read the ``run.yaml`` of a run folder as it was written: nothing expands, and no path is looked for."""
-    values, origin = _file(Path(path))
-    return _parse(values, origin, (), look=lambda config: config)
+    values, origin = file_of(Path(path))
+    return check(values, origin, (), look=lambda config: config)
 
 
 def parse_run(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file's content from a mapping; raises RequestError naming the key."""
-    return _parse(copy.deepcopy(dict(mapping)), _Origin(""), overrides, look=paths.resolve)
+    return check(copy.deepcopy(dict(mapping)), Origin(""), overrides, look=paths.resolve)
 
 
 def write_run(config: RunConfig, path: str | os.PathLike[str]) -> None:
@@ -71,28 +71,37 @@ def json_schema() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Origin:
+class Origin:
     """Where a value came from: a file with lines, or the command line."""
 
     name: str
     lines: dict[str, int] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
     def where(self, key: str) -> str:
-        """The nearest place that can be pointed at: the override, the key's line or that of the block around it."""
+        """The nearest place that can be pointed at: the override, the key's line or that of the block around it.
+
+        With a ``prefix`` (a stage's) its own keys are looked for before those that all stages share.
+        """
         for override, text in self.overrides.items():
             if key == override or key.startswith(f"{override}."):
                 return f"override {text}"
+        own = self.lines.get(f"{self.prefix}{key}") if self.prefix else None
+        if own is not None:
+            return f"{self.name}, line {own}"
         parts = key.split(".")
         while parts:
             line = self.lines.get(".".join(parts))
             if line is not None:
                 return f"{self.name}, line {line}"
             parts.pop()
-        return self.name
+        stage = self.lines.get(self.prefix.rstrip(".")) if self.prefix else None
+        return f"{self.name}, line {stage}" if stage is not None else self.name
 
 
-def _file(path: Path) -> tuple[dict[str, Any], _Origin]:
+def file_of(path: Path) -> tuple[dict[str, Any], Origin]:
+    """A run file's content, and where each key stands."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -130,14 +139,22 @@ def _file(path: Path) -> tuple[dict[str, Any], _Origin]:
             where=str(path),
             remedy="It needs at least `model`, `data` and `output`.",
         )
-    return document.value, _Origin(str(path), document.lines)
+    return document.value, Origin(str(path), document.lines)
 
 
-def _parse(values: dict[str, Any], origin: _Origin, overrides: Sequence[str], *, look: Any) -> RunConfig:
+def check(values: dict[str, Any], origin: Origin, overrides: Sequence[str], *, look: Any) -> RunConfig:
+    """A run from plain values and overrides; ``look`` makes its paths absolute. Raises RequestError for what is wrong."""
     texts: dict[str, str] = {}
     for text in overrides:
-        texts[_override(values, text)] = text
-    origin = _Origin(origin.name, origin.lines, texts)
+        texts[override(values, text)] = text
+    origin = Origin(origin.name, origin.lines, texts, origin.prefix)
+    if values.get("stages"):
+        raise RequestError(
+            "this run file has several stages, and one run is wanted here.",
+            code="several-stages",
+            where=origin.where("stages") or "stages",
+            remedy="Train it as it is (`luthier train`), or name one of them: --stage 1.",
+        )
     config, problems = validate(values)
     if config is None:
         raise _error(problems, origin)
@@ -148,7 +165,7 @@ def _parse(values: dict[str, Any], origin: _Origin, overrides: Sequence[str], *,
         raise RequestError(error.message, code=error.code, where=where, remedy=error.remedy) from None
 
 
-def _override(values: dict[str, Any], text: str) -> str:
+def override(values: dict[str, Any], text: str) -> str:
     """Put ``key.sub=value`` into ``values``; returns the key."""
     key, equals, value = text.partition("=")
     key = key.strip()
@@ -164,8 +181,8 @@ def _override(values: dict[str, Any], text: str) -> str:
     for depth, part in enumerate(parts[:-1]):
         name = ".".join(parts[: depth + 1])
         below = here.get(part)
-        if isinstance(below, str) and name in _SHORT_FORM:
-            below = None if name == "adapter" and below.lower() == "none" else {_SHORT_FORM[name]: below}
+        if isinstance(below, str) and name in SHORT_FORM:
+            below = None if name == "adapter" and below.lower() == "none" else {SHORT_FORM[name]: below}
         if below is None:
             below = {}
         if not isinstance(below, dict):
@@ -180,13 +197,13 @@ def _override(values: dict[str, Any], text: str) -> str:
         here = below
     here[parts[-1]] = yaml_text.load_value(value, f"override {text}")
     if here[parts[-1]] is not None:
-        for pair in _EXCLUSIVE:
+        for pair in EXCLUSIVE:
             if key in pair:
                 here.pop((set(pair) - {key}).pop().rpartition(".")[2], None)
     return key
 
 
-def _error(problems: list[Problem], origin: _Origin) -> RequestError:
+def _error(problems: list[Problem], origin: Origin) -> RequestError:
     if len(problems) == 1:
         problem = problems[0]
         where = origin.where(problem.key) or problem.key

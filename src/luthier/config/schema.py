@@ -11,7 +11,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 FORMAT: Literal[1] = 1
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -19,6 +28,15 @@ Precision = Literal["bf16", "fp16", "fp32"]
 
 Real = float
 Whole = int
+
+
+def three_words(path: str) -> str:
+    """What can be done with an adapter that was trained before, as lines that can be pasted."""
+    return (
+        f"Write one of: adapter: {{from: {path}, then: continue}} (trains it further); "
+        f"adapter: {{from: {path}, then: stack, type: lora, r: 8}} (it stays as it is, a new one on top); "
+        f"adapter: {{from: {path}, then: merge, type: lora, r: 8}} (it is folded into the base first)."
+    )
 
 
 class Section(BaseModel):
@@ -30,14 +48,15 @@ class Section(BaseModel):
         validate_assignment=True,
         protected_namespaces=(),
         allow_inf_nan=False,
+        serialize_by_alias=True,
     )
 
 
 class ModelConfig(Section):
     """Which model is trained, and in which precision it is held."""
 
-    path: str = Field(min_length=1)
-    """A folder in transformers format, a GGUF file, or a hub id."""
+    path: str = ""
+    """A folder in transformers format, a GGUF file, or a hub id. May be left out with `adapter.from`: the base of that adapter."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     precision: Precision | None = None
@@ -99,6 +118,10 @@ class AdapterConfig(Section):
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, validate_assignment=True)
 
+    start: Annotated[str, Field(min_length=1)] | None = Field(default=None, alias="from")
+    """An adapter that was trained before, to start from: a run (its final/; RUN@best, RUN@newest), a checkpoint, or any adapter folder. Needs `then`."""
+    then: Literal["continue", "stack", "merge"] | None = None
+    """What becomes of `from`: `continue` trains the same adapter further, `stack` leaves it as it is below a new one, `merge` folds it into the base first."""
     type: str = "lora"
     """A peft method by its name in lower case: lora, loha, lokr, ia3, vera, oft, …"""
     r: Annotated[Whole, Field(gt=0)] = 16
@@ -121,11 +144,24 @@ class AdapterConfig(Section):
     @model_serializer(mode="wrap")
     def _given(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Only what was given or chosen: the default of a key that a method lacks would read like a wish for it."""
-        return {name: value for name, value in write(self).items() if name == "type" or name in self.model_fields_set}
+        given = {self._written(name) for name in self.model_fields_set}
+        return {name: value for name, value in write(self).items() if name == "type" or name in given}
+
+    def whole(self) -> dict[str, Any]:
+        """Every key as the run file writes it, with its value or its default."""
+        return {self._written(name): value for name, value in self}
+
+    @classmethod
+    def _written(cls, name: str) -> str:
+        field = cls.model_fields.get(name)
+        return field.alias if field is not None and field.alias else name
 
 
 class OptimConfig(Section):
     """How weights are updated."""
+
+    start: Literal["fresh", "carried"] = Field(default="fresh", alias="from")
+    """With `adapter.then: continue`: a fresh optimiser, or the moments carried over from the checkpoint of `adapter.from`."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
     """Optimiser. `muon` trains the matrices of full fine-tuning and leaves the rest to AdamW."""
@@ -277,8 +313,10 @@ class RunConfig(Section):
 
     format: Literal[1] = FORMAT
     """Version of the run file's format."""
-    model: Annotated[ModelConfig, BeforeValidator(_model_short_form, json_schema_input_type=ModelConfig | str)]
-    """A path or hub id, or {path, revision, precision, template, …}."""
+    model: Annotated[ModelConfig, BeforeValidator(_model_short_form, json_schema_input_type=ModelConfig | str)] = (
+        ModelConfig()
+    )
+    """A path or hub id, or {path, revision, precision, template, …}. May be left out with `adapter.from`."""
     data: DataConfig
     """What the model is trained on."""
     method: Literal["sft", "pretrain"] = "sft"
@@ -302,6 +340,22 @@ class RunConfig(Section):
     """Loggers beside metrics.jsonl, if they are installed."""
     callbacks: list[str] = []
     """Functions of yours as `module:function`, called with an event at start, step, evaluation, checkpoint and end."""
+    stages: list[dict[str, Any]] = []
+    """A chain of runs in one file: each item's keys are laid over the others of the file; `name` names it ([stages.md](stages.md))."""
+
+    @model_validator(mode="after")
+    def _start_is_whole(self) -> RunConfig:
+        start, then = (self.adapter.start, self.adapter.then) if self.adapter else (None, None)
+        if start and not then:
+            raise ValueError(f"adapter.from is {start}, and adapter.then is missing. {three_words(start)}")
+        if then and not start:
+            raise ValueError(f"adapter.then is {then}, and adapter.from is missing. {three_words('runs/stage1')}")
+        if self.optim.start == "carried" and then != "continue":
+            raise ValueError(
+                "optim.from carried keeps the moments of the adapter that is trained further; it needs adapter.from "
+                "with adapter.then: continue."
+            )
+        return self
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> RunConfig:

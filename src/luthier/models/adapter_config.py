@@ -61,8 +61,8 @@ def build(adapter: AdapterConfig, target: list[str] | str | None, **more: Any) -
         value = _value(adapter, ours, target)
         name = field_of(adapter.type, ours)
         if name is not None and value is not None:
-            if ours == "r" and not defaults["r"] and "r" not in adapter.model_fields_set:
-                continue  # the method has another measure of size (oft's block size) that a rank would contradict
+            if ours == "r" and not has_rank(adapter):
+                continue
             values[name] = value
         elif name is None and ours in adapter.model_fields_set and value:
             raise RequestError(
@@ -88,15 +88,18 @@ def choose(adapter: AdapterConfig) -> None:
     for ours in _OURS:
         if field_of(adapter.type, ours) is None or (ours == "target" and not uses_linear_layers(adapter)):
             continue
-        if ours == "r" and "r" not in adapter.model_fields_set and not _default(adapter.type, "r"):
+        if ours == "r" and not has_rank(adapter):
             continue
         alpha = ours == "alpha" and adapter.alpha is None
         setattr(adapter, ours, 2.0 * adapter.r if alpha else getattr(adapter, ours))
 
 
-def _default(type_name: str, field: str) -> Any:
-    fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[_kind(type_name)])
-    return next(each.default for each in fields if each.name == field)
+def has_rank(adapter: AdapterConfig) -> bool:
+    """Whether ``r`` counts: some methods have none, or another measure of size that an unasked rank would contradict (oft's blocks)."""
+    fields = {
+        field.name: field.default for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[_kind(adapter.type)])
+    }
+    return "r" in fields and bool(fields["r"] or "r" in adapter.model_fields_set)
 
 
 def field_of(type_name: str, ours: str) -> str | None:
@@ -104,6 +107,22 @@ def field_of(type_name: str, ours: str) -> str | None:
     fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[_kind(type_name)])}
     names = (name.format(type=type_name) for name in _OURS[ours])
     return next((name for name in names if name in fields), None)
+
+
+def described(saved: dict[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json in the run file's words: type, r, alpha, target, … as far as its method has them.
+
+    Raises:
+        RequestError: its method is none that can be trained here.
+    """
+    kind = str(saved.get("peft_type", "")).lower()
+    values: dict[str, Any] = {"type": kind}
+    for ours in _OURS:
+        name = field_of(kind, ours)
+        value = saved.get(name) if name is not None else None
+        if value is not None and (value or ours == "dropout"):
+            values[ours] = sorted(value) if isinstance(value, list) else value
+    return values
 
 
 def _value(adapter: AdapterConfig, ours: str, target: list[str] | str | None) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from luthier.config.schema import AdapterConfig
 from luthier.errors import RequestError
-from luthier.models.adapter_config import build, check, field_of, uses_linear_layers
+from luthier.models.adapter_config import build, check, has_rank, uses_linear_layers
 from luthier.models.open import Base
 from luthier.models.quiet import no_deprecations
 from luthier.models.targets import ALL_LINEAR, Targets, all_linear, check_names, expert_parameters, named
 
-__all__ = ["Matched", "attach", "check", "matched", "summary"]
+__all__ = ["Matched", "attach", "check", "config_for", "matched", "summary"]
 
 _LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3", "vera": "VeRA", "oft": "OFT", "boft": "BOFT"}
 
@@ -53,10 +53,8 @@ def attach(
     Raises:
         RequestError: a key is not peft's, a target matches nothing, or the method cannot do what is asked.
     """
-    check(adapter)
     model = base.model
-    check_names(model, adapter.modules_to_save, "adapter.modules_to_save")
-    config = build(adapter, **_arguments(model, adapter, new_token_ids))
+    config = config_for(model, adapter, new_token_ids)
     with torch.random.fork_rng(devices=_devices(model)), no_deprecations():
         torch.manual_seed(seed)
         try:
@@ -68,6 +66,13 @@ def attach(
     wrapped.peft_config["default"].base_model_name_or_path = base_name
     wrapped.peft_config["default"].revision = base.source.revision if base_name == base.source.name else None
     return wrapped
+
+
+def config_for(model: PreTrainedModel, adapter: AdapterConfig, new_token_ids: Sequence[int] = ()) -> PeftConfig:
+    """The peft config that `adapter` means on a model; raises as `attach` does."""
+    check(adapter)
+    check_names(model, adapter.modules_to_save, "adapter.modules_to_save")
+    return build(adapter, **_arguments(model, adapter, new_token_ids))
 
 
 def matched(model: PeftModel) -> Matched:
@@ -100,7 +105,7 @@ def summary(model: nn.Module, adapter: AdapterConfig | None) -> str:
     extra = {id(weight) for weight in _added(model)}
     base = sum(weight.numel() for weight in model.parameters() if id(weight) not in extra)
     label = _LABELS.get(adapter.type, adapter.type)
-    rank = f" r{adapter.r}" if field_of(adapter.type, "r") else ""
+    rank = f" r{adapter.r}" if has_rank(adapter) else ""
     if adapter.dora:
         label = "DoRA"
     return f"{label}{rank} on {matched(model).layers} layers, {_count(trained)} of {_count(base)} parameters"

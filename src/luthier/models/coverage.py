@@ -26,9 +26,9 @@ def check_coverage(loading: Mapping[str, Any], where: str) -> None:
         return
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors of the model are not in its files: {_grouped(missing)}")
+        parts.append(f"{len(missing)} tensors of the model are not in its files: {grouped(missing)}")
     if unexpected:
-        parts.append(f"{len(unexpected)} tensors in the files have no place in the model: {_grouped(unexpected)}")
+        parts.append(f"{len(unexpected)} tensors in the files have no place in the model: {grouped(unexpected)}")
     if mismatched:
         name, found, expected = mismatched[0]
         parts.append(
@@ -74,7 +74,7 @@ def _likely(missing: list[str], unexpected: list[str], mismatched: list[Any]) ->
     return "Files and config.json are of different models.", "Get the folder again."
 
 
-def _grouped(names: Iterable[str]) -> str:
+def grouped(names: Iterable[str]) -> str:
     """Names with their layer numbers folded: `model.layers.*.mlp.up_proj.weight (30)`."""
     groups = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     shown = [f"{name} ({count})" if count > 1 else name for name, count in groups.most_common(_SHOWN)]

@@ -12,10 +12,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from luthier.artifacts.files import inside
 from luthier.artifacts.tensorfile import check_length, read_header
+from luthier.config.schema import three_words
 from luthier.errors import ArtifactError, RequestError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES_INDEX = "pytorch_model.bin.index.json"
+PICKLE = "pytorch_model.bin"
 _LFS = b"version https://git-lfs"
 
 
@@ -93,11 +96,29 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"{folder} holds both a model and an adapter; transformers would attach that adapter without a word.",
             code="adapter-in-base",
             where="model.path",
-            remedy="Move adapter_config.json and adapter_model.safetensors into a folder of their own.",
+            remedy=f"Move adapter_config.json and adapter_model.safetensors into a folder of their own. {three_words(str(folder))}",
         )
-    for file, names in _weight_files(folder).items():
+    pickles = pickle_files(folder)
+    for file, names in ({name: set[str]() for name in pickles} if pickles else _weight_files(folder)).items():
         _check_file(inside(folder, file), names)
     return config
+
+
+def pickle_files(folder: Path) -> list[str]:
+    """Names of torch's own weight files, where the folder has these and no safetensors; read as data only."""
+    if any((folder / name).is_file() for name in (INDEX, SINGLE)) or any(folder.glob("model-*-of-*.safetensors")):
+        return []
+    if (folder / PICKLES_INDEX).is_file():
+        files = read_json(folder / PICKLES_INDEX).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+            raise ArtifactError(
+                "has no weight_map.",
+                code="broken-index",
+                where=str(folder / PICKLES_INDEX),
+                remedy="Get the file again.",
+            )
+        return sorted(set(files.values()))
+    return [PICKLE] if (folder / PICKLE).is_file() else []
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -159,6 +180,8 @@ def _check_file(path: Path, expected: set[str]) -> None:
                 where=str(path),
                 remedy="Run `git lfs pull` in that folder.",
             )
+    if path.suffix != ".safetensors":
+        return
     check_length(path)
     missing = expected - read_header(path)[0].keys()
     if missing:

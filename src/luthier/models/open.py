@@ -10,10 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from luthier.artifacts.gguf_header import GgufHeader, read_gguf_header
 from luthier.artifacts.templates import check_template
@@ -21,6 +23,7 @@ from luthier.config.schema import ModelConfig
 from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
 from luthier.models import hub
+from luthier.models.base_files import own_state
 from luthier.models.coverage import check_coverage
 from luthier.models.folder import check_config, check_folder, read_json
 from luthier.models.gguf import gguf_config, open_gguf
@@ -50,7 +53,7 @@ class Base:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     source: BaseSource
     new_token_ids: tuple[int, ...] = ()
     differs: bool = False
@@ -62,11 +65,12 @@ class Vocabulary:
     """A tokenizer with the run's template and new tokens.
 
     Attributes:
+        tokenizer: None only where a folder truly has none and whoever opens it can do without.
         new_token_ids: ids of the tokens that were added.
         notes: what was decided on the way and the user should know.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     new_token_ids: tuple[int, ...]
     notes: tuple[str, ...]
 
@@ -93,15 +97,21 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu", vocabul
     if model.attention is not None:
         options["attn_implementation"] = model.attention
     dtype = DTYPES[resolve_precision(model, device)]
+    folder = found.source.path if found.source.kind == "folder" else None
+    state = own_state(folder) if folder is not None else None
     with quiet():
         if found.header is not None:
             loaded = open_gguf(found.source, found.header, config, dtype, options)
+        elif state is not None:
+            loaded = _from_state(found.source, state, config, dtype, options)
         else:
             loaded = _load(model, found.source, config, dtype, options)
     loaded.config.dtype = dtype
     grown = make_rows(loaded, ids)
-    _set_generation(loaded, tokenizer)
-    return Base(loaded, tokenizer, found.source, ids, grown or found.source.kind == "gguf", list(vocabulary.notes))
+    if tokenizer is not None:
+        _set_generation(loaded, tokenizer)
+    differs = grown or found.source.kind == "gguf" or state is not None
+    return Base(loaded, tokenizer, found.source, ids, differs, list(vocabulary.notes))
 
 
 def open_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -220,6 +230,33 @@ def _load(
             raise hub.explain(error, source) from error
         raise ArtifactError(f"cannot be opened: {error}", code="unreadable", where=source.name) from error
     check_coverage(loading, source.name)
+    return loaded
+
+
+def _from_state(
+    source: BaseSource,
+    state: dict[str, torch.Tensor],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    """Opens from tensors at hand, with transformers' own conversions, as if the files had held them so."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise RequestError(
+            f"{source.name} needs code of its own, and its files can't be read as they are.",
+            code="pickle-only",
+            where="model.path",
+            remedy="Convert it once in an environment you trust: load it with transformers and call save_pretrained.",
+        )
+    loaded, loading = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )  # fmt: skip
+    check_coverage(loading, source.name)
+    assert source.path is not None
+    if (source.path / "generation_config.json").is_file():
+        loaded.generation_config = GenerationConfig.from_pretrained(source.path)
+    loaded.name_or_path = loaded.config.name_or_path = str(source.path)
     return loaded
 
 

@@ -2,57 +2,119 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
+from luthier.artifacts.names import renamed
 from luthier.artifacts.tensorfile import read_header
 from luthier.errors import ArtifactError
+from luthier.models.adapter_names import check_name
+from luthier.models.coverage import grouped
 from luthier.models.open import Base
+from luthier.models.pickles import read_pickle
 from luthier.models.quiet import no_deprecations
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+CONFIG = "adapter_config.json"
 
 
-def open_adapter(base: Base, folder: Path, *, trainable: bool) -> tuple[PeftModel, Any]:
-    """Put the adapter in a folder on an opened base.
+def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "default") -> tuple[PeftModel, Any]:
+    """Put the adapter in a folder on an opened base, or onto one that carries adapters already.
 
     Args:
         trainable: exactly what was trained trains again; else nothing does.
+        name: what the adapter is called in memory.
 
     Returns:
         The peft model, in training mode if trainable, and the tokenizer: the adapter's own, else the base's.
 
     Raises:
+        RequestError: its file wants more than tensors, or peft cannot hold such a name.
         ArtifactError: the adapter's tensors are not the ones its config asks for on this base, or nothing would train.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
+    check_name(name, str(folder))
+    tokenizer = _tokenizer(base, folder)
+    if tokenizer is not None and not isinstance(base.model, PeftModel):
+        grown = len(tokenizer) - base.model.get_input_embeddings().weight.shape[0]
+        if grown > 0:
+            base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = _config(folder)
+    with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+        model = _attach(base, plain, folder, config, trainable=trainable, name=name)
+        _check_coverage(model, plain / WEIGHTS, folder, name)
+    if trainable and config.is_prompt_learning:  # peft itself opens these for use only
+        config.inference_mode = False
+        model.prompt_encoder[name].requires_grad_(True)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trainable and count == 0:
+        raise ArtifactError("no parameter of this adapter would train.", code="nothing-trains", where=str(folder))
+    return model.train(trainable), tokenizer
+
+
+def _config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise ArtifactError(
-            f"the adapter's weights, {WEIGHTS}, are not there.",
-            code="file-missing",
-            where=str(folder),
-            remedy="Get the file; adapters in other formats can't be opened by this version.",
-        )
-    grown = len(_tokenizer(base, folder)) - base.model.get_input_embeddings().weight.shape[0]
-    if grown > 0:
-        base.model.resize_token_embeddings(len(_tokenizer(base, folder)), mean_resizing=False)
+            f"its {CONFIG} cannot be read: {' '.join(str(error).split())[:200]}",
+            code="adapter-config",
+            where=str(folder / CONFIG),
+            remedy="Get the file again, or install a newer peft if its method is a newer one.",
+        ) from error
+
+
+def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, trainable: bool, name: str) -> PeftModel:
+    trains = trainable and not config.is_prompt_learning
     try:
         with no_deprecations():
-            model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(base.model, PeftModel):
+                base.model.load_adapter(str(plain), name, is_trainable=trains)
+                return base.model
+            return PeftModel.from_pretrained(base.model, str(plain), adapter_name=name, is_trainable=trains)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ArtifactError(
             f"peft cannot put this adapter on {base.source.name}: {' '.join(str(error).split())[:300]}",
             code="adapter-does-not-fit",
             where=str(folder),
             remedy="Give the base it was trained on: luthier.load(path, base=…).",
         ) from error
-    _check_coverage(model, path)
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if trainable and count == 0:
-        raise ArtifactError("no parameter of this adapter would train.", code="nothing-trains", where=str(folder))
-    return model.train(trainable), _tokenizer(base, folder)
+
+
+@contextmanager
+def _plain_folder(folder: Path, *, prompts: bool) -> Iterator[Path]:
+    """A folder that peft reads rightly: the adapter's own, or a passing copy with canonical names as safetensors."""
+    path = folder / WEIGHTS
+    if path.is_file():
+        names = list(read_header(path)[0])
+        if prompts or all(old == new for old, new in renamed(names, adapter=True, where=str(path)).items()):
+            yield folder
+            return
+        tensors = load_file(path)
+    elif (folder / PICKLE).is_file():
+        tensors = read_pickle(folder / PICKLE)
+    else:
+        raise ArtifactError(
+            f"the adapter's weights, {WEIGHTS} or {PICKLE}, are not there.",
+            code="file-missing",
+            where=str(folder),
+            remedy="Get the file.",
+        )
+    if not prompts:
+        plain = renamed(tensors, adapter=True, where=str(folder))
+        tensors = {plain[name]: tensor for name, tensor in tensors.items()}
+    with TemporaryDirectory(prefix="luthier-") as passing:
+        shutil.copyfile(folder / CONFIG, Path(passing) / CONFIG)
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, Path(passing) / WEIGHTS)
+        yield Path(passing)
 
 
 def _tokenizer(base: Base, folder: Path) -> Any:
@@ -62,16 +124,22 @@ def _tokenizer(base: Base, folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_own else base.tokenizer
 
 
-def _check_coverage(model: PeftModel, path: Path) -> None:
-    """peft only warns when names don't match; here they must."""
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    found = set(read_header(path)[0])
-    missing, strange = sorted(expected - found), sorted(found - expected)
-    if missing or strange:
-        said = [f"{len(names)} {what} (such as {names[0]})" for names, what in ((missing, "missing"), (strange, "not expected")) if names]  # fmt: skip
+def _check_coverage(model: PeftModel, path: Path, folder: Path, name: str) -> None:
+    """peft only warns when names don't match, and says nothing of a tensor it did not take over; here both are errors."""
+    live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found = load_file(path)
+    missing, strange = sorted(live.keys() - found.keys()), sorted(found.keys() - live.keys())
+    lost = sorted(
+        key
+        for key in live.keys() & found.keys()
+        if not torch.equal(live[key].detach().cpu(), found[key].to(live[key].dtype))
+    )
+    groups = ((missing, "missing"), (strange, "not expected"), (lost, "not taken over"))
+    said = [f"{len(keys)} {what}: {grouped(keys)}" for keys, what in groups if keys]
+    if said:
         raise ArtifactError(
             f"the adapter's tensors are not the ones its config asks for on this base: {'; '.join(said)}.",
             code="coverage",
-            where=str(path),
+            where=str(folder),
             remedy="Give the base it was trained on, or save the adapter again from the run.",
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from luthier.config.schema import ModelConfig
+from luthier.config.schema import ModelConfig, three_words
 from luthier.errors import RequestError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9_][\w.\-]*)?")
@@ -71,7 +71,7 @@ def _in_folder(folder: Path) -> BaseSource:
             f"{folder} is an adapter, not a base model: it has an adapter_config.json and no config.json.",
             code="adapter-as-base",
             where="model.path",
-            remedy="Name the base model it was trained on (base_model_name_or_path in that file).",
+            remedy=f"Name the base model it was trained on (base_model_name_or_path in that file). {three_words(str(folder))}",
         )
     raise RequestError(
         f"{folder} has no config.json, so it is not a model in transformers format.",

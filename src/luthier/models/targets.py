@@ -45,7 +45,7 @@ def all_linear(model: PreTrainedModel, exclude: str | list[str] | None, *, exper
         sorted({_tail(name) for name in expert_parameters(model) if not _named(name, exclude)}) if experts else []
     )
     names = {name for name, _ in model.named_modules() if name}
-    return Targets(_shortest(chosen, names - chosen), parameters)
+    return Targets(shortest(chosen, names - chosen), parameters)
 
 
 def named(model: PreTrainedModel, target: str | list[str], exclude: str | list[str] | None) -> Targets:
@@ -155,7 +155,7 @@ def _tail(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _shortest(chosen: set[str], others: set[str]) -> list[str]:
+def shortest(chosen: set[str], others: set[str]) -> list[str]:
     """The chosen names by their last part where that part names nothing else, so that the adapter's config stays short."""
     taken = {name.rpartition(".")[2] for name in others}
     return sorted({tail if (tail := name.rpartition(".")[2]) not in taken else name for name in chosen})

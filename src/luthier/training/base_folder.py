@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
+from luthier.artifacts.files import link_or_copy
 from luthier.checkpoint.checkpoints import versions
 from luthier.checkpoint.layout import model_layout, saved_state
 from luthier.checkpoint.ranks import Ranks
@@ -53,6 +56,48 @@ def write_base(run: Path, base: Base) -> Path:
         facts = {"parents": [parent], "new_token_ids": list(base.new_token_ids)}
         write_folder(folder, base.model, base.tokenizer, kind="base", facts=facts)
     return folder
+
+
+def write_merged(run: Path, base: Base, folder: Path, parents: list[dict[str, Any]]) -> Path:
+    """Fold an adapter into its base and write the sum to ``RUN/base``: computed in fp32, rounded once.
+
+    Args:
+        base: as opened; it is used up.
+        folder: the adapter's.
+        parents: the base and the adapter, for the manifest.
+
+    Raises:
+        ArtifactError: the adapter is not this base's.
+    """
+    from luthier.models.saved_adapter import open_adapter
+
+    dtypes = {name: tensor.dtype for name, tensor in base.model.state_dict().items()}
+    wrapped: Any = open_adapter(base, folder, trainable=False)[0]
+    merged = wrapped.float().merge_and_unload(safe_merge=True)
+    widest = base.model.config.dtype
+    for name, tensor in [*merged.named_parameters(), *merged.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes.get(name, widest if isinstance(tensor, nn.Parameter) else tensor.dtype))
+    target = run / "base"
+    if target.exists():
+        publish.remove(target)
+    facts = {"parents": parents, "new_token_ids": []}
+    write_folder(target, merged, base.tokenizer, kind="base", facts=facts)
+    return target
+
+
+def adopt(run: Path, folder: Path) -> Path:
+    """Keep another run's ``base/`` as this run's own, so that it opens when that run is gone; weights are linked where possible."""
+    target = run / "base"
+    if existing(run) is None:
+        if target.exists():
+            publish.remove(target)
+        partial = publish.begin(target)
+        manifest = manifests.read(folder)
+        for name in manifest.files:
+            link_or_copy(folder / name, partial / name)
+        publish.finish(partial, target, manifest)
+    return target
 
 
 def existing(run: Path) -> Path | None:

@@ -21,7 +21,8 @@ from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import LuthierError
 from luthier.export.final import make_final
-from luthier.export.prove import Answers, Probe, Proof, live_answers, make_probe
+from luthier.export.prove import Answers, Probe, Proof, largest_difference, live_answers, make_probe
+from luthier.models import stack
 from luthier.models.compile import undo
 from luthier.models.memory import keep
 from luthier.models.open import Base
@@ -65,8 +66,13 @@ def ask_live_model(parts: Parts, base: Base, state: State, prepared: Prepared) -
         undo(base.model)
     if parts.config.train.memory == "recompute":
         keep(base.model)
-    expected = live_answers(parts.model, base.tokenizer, probe)
-    facts = {key: parts.checkpoints.facts[key] for key in ("base", "parents")} | {"versions": versions()}
+    as_pair = live_answers(parts.model, base.tokenizer, probe) if stack.is_stacked(parts.model) else None
+    with stack.plain_form(parts.model):
+        expected = live_answers(parts.model, base.tokenizer, probe)
+    facts = {**parts.checkpoints.facts, "versions": versions()}
+    if as_pair is not None:  # the two adapters' products are added in another order than the one adapter's
+        difference = largest_difference(as_pair.logits, expected.logits)
+        facts["stack"] = {**facts["stack"], "difference": difference}
     facts["total_steps"] = parts.total_steps
     before = _before(parts, base)
     return Trained(parts.config, parts.run, state, expected, probe, facts, before, parts.events, parts.total_steps)
@@ -106,6 +112,10 @@ def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
         )  # fmt: skip
     finally:
         write_page(run, say)
+    if "difference" in trained.facts.get("stack", {}):
+        say(
+            f"saved as one adapter; its logits differ from the stacked pair's by up to {trained.facts['stack']['difference']:.3g}"
+        )
     say(f"proof: {proof.verdict} in {time.perf_counter() - begun:.1f} s; {proof.says}")
     trained.events.emit(Event("end", step, trained.total_steps, run, {}, final))
     _closing(trained, final, say)

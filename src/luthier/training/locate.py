@@ -8,7 +8,7 @@ from pathlib import Path
 
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts.run_folder import folder_of, published
+from luthier.artifacts.run_folder import folder_of, published, stages_of
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import ArtifactError, RequestError
 from luthier.training.finish import best_checkpoint
@@ -43,6 +43,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
 
 
 def _in_run(run: Path, wanted: str) -> Location:
+    run = _last_stage(run)
     if wanted == "best":
         found = best_checkpoint(run)
         if found is None:
@@ -57,3 +58,9 @@ def _in_run(run: Path, wanted: str) -> Location:
     if newest is None:
         raise RequestError("this run has saved nothing yet.", code="nothing-saved", where=str(run), remedy="Train first: luthier resume on this folder.")  # fmt: skip
     return Location(newest[0].path, "checkpoint", run)
+
+
+def _last_stage(run: Path) -> Path:
+    """Of a folder of stages the last stage that has saved something; any other run's folder as it is."""
+    saved = [path for path in stages_of(run) if (path / "final").is_dir() or published(path)]
+    return saved[-1] if saved else run

@@ -19,7 +19,7 @@ from luthier.artifacts.manifest import verify
 from luthier.checkpoint.layout import model_layout, saved_state
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError
-from luthier.models import adapters
+from luthier.models import adapters, stack
 from luthier.training import metrics, numerics
 from luthier.training.events import Events
 from luthier.training.loop import Loop, Parts, memory_gib, steps_of
@@ -27,6 +27,7 @@ from luthier.training.progress import Progress, duration
 from luthier.training.resolve import not_writable, pick_device
 from luthier.training.session import Session
 from luthier.training.signals import StopRequest
+from luthier.training.stage import settle
 from luthier.training.state import State
 
 
@@ -79,7 +80,7 @@ def plan(config: RunConfig) -> Plan:
     """
     output = Path(config.output)
     said: list[str] = []
-    if config.adapter is not None:
+    if config.adapter is not None and config.adapter.then != "continue":
         adapters.check(config.adapter)
     metrics.resolve(config.evaluate.metrics)
     Events(config.callbacks, config.log, output, config, said.append).close()
@@ -93,7 +94,8 @@ def plan(config: RunConfig) -> Plan:
         trial = config.model_copy(deep=True)
         trial.output = str(scratch)
         with numerics.settled(trial, device):
-            session = Session(trial, scratch, device, None, (), said.append)
+            trial, origin = settle(trial, scratch)
+            session = Session(trial, scratch, device, None, (), said.append, origin)
             prepared, batches, total = session.data()
             base, model = session.model()
             parts = session.parts(base, model, prepared, batches, total, Events([], [], scratch, trial, said.append))
@@ -142,6 +144,8 @@ def _measure(parts: Parts, progress: Progress, summary: str, total: int) -> Plan
 def _reload(parts: Parts, step: int) -> str:
     """Spoil the live weights, read the save back into them, and compare."""
     tensors = saved_state(parts.model, model_layout(parts.model))
+    if stack.is_stacked(parts.model):  # the lower adapter is no part of what a reload brings back
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     expected = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with torch.no_grad():
         for tensor in tensors.values():

@@ -21,6 +21,7 @@ from luthier.errors import RequestError
 from luthier.models.adapter_config import choose
 from luthier.models.precision import resolve_precision
 from luthier.training.groups import peak_rate
+from luthier.training.stage import fingerprint_at
 
 Say = Callable[[str], None]
 SAVES_PER_RUN = 10
@@ -107,6 +108,8 @@ def reconcile(config: RunConfig, run: Path, allow: Collection[str], say: Say) ->
     if moved and _same_weights(run, old.model.path, merged.model.path):
         changes.remove(moved[0])
         say(f"the base moved to {merged.model.path}; its weights are the same")
+    if any(change.key == "adapter.from" for change in changes) and _same_origin(run, merged):
+        allow = {*allow, "adapter.from"}
     for line in compare.check(changes, allow):
         say(line)
     return merged, True
@@ -138,6 +141,14 @@ def stored_config(run: Path) -> RunConfig:
             remedy=f"The run is {above[0]}." if above else "Name the folder that `output` named in the run file.",
         )
     return read_resolved(path)
+
+
+def _same_origin(run: Path, config: RunConfig) -> bool:
+    """Whether `adapter.from` leads to the weights that the run's checkpoints name as their parent: the folder was moved."""
+    newest = manifests.check_whole(published(run)[-1].path)[0]
+    known = {parent.get("fingerprint") for parent in newest.facts.get("parents", [])} if newest else set()
+    assert config.adapter is not None and config.adapter.start is not None
+    return Path(config.adapter.start.partition("@")[0]).is_dir() and fingerprint_at(config.adapter.start) in known
 
 
 def _same_weights(run: Path, old: str, new: str) -> bool:

@@ -16,12 +16,13 @@ from luthier.artifacts import publish
 from luthier.artifacts.files import exclusive, full_disk_named
 from luthier.artifacts.run_folder import Found, published
 from luthier.checkpoint.retain import newest_whole
+from luthier.config.chain import Chain, read_stored
 from luthier.config.read import parse_run
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError, LuthierError, RequestError, Stopped
 from luthier.models import adapters
 from luthier.report.metrics import read_metrics
-from luthier.training import finish, metrics, numerics
+from luthier.training import chains, finish, metrics, numerics, stage
 from luthier.training.events import Events
 from luthier.training.loop import Loop
 from luthier.training.progress import Progress
@@ -74,8 +75,9 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
     run = Path(config.output)
     with ExitStack() as stack:
         stack.enter_context(full_disk_named(run))
+        config, origin = stage.settle(config, run, allow)
         config, goes_on = reconcile(config, run, allow, say)
-        if config.adapter is not None:
+        if config.adapter is not None and config.adapter.then != "continue":
             adapters.check(config.adapter)
         metrics.resolve(config.evaluate.metrics)
         events = Events(config.callbacks, config.log, run, config, say)
@@ -91,7 +93,7 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
         start = _starting_point(run, say) if goes_on else None
         if not goes_on and (run / "base").exists():  # of a beginning that never saved anything
             publish.remove(run / "base")
-        return _train(Session(config, run, device, start, allow, say), events)
+        return _train(Session(config, run, device, start, allow, say, origin), events)
 
 
 def resume(run: str | Path, overrides: Collection[str] = (), *, allow: Collection[str] = (), say: Say = print) -> Run:
@@ -102,16 +104,17 @@ def resume(run: str | Path, overrides: Collection[str] = (), *, allow: Collectio
 
     Raises: as `train`.
     """
+    chain = read_stored(Path(run), list(overrides))
+    if chain is not None:
+        return train_chain(chain, allow=allow, say=say)
     config = stored_config(Path(run))
     config.output = str(Path(run).resolve())  # the folder may have been moved
     values = config.model_dump(mode="json", exclude_none=True)
-    began_from = config.model.path
-    if config.adapter is None and published(Path(config.output)) and Path(began_from).is_absolute() and not Path(began_from).exists():
-        values["model"]["path"] = str(published(Path(config.output))[-1].path / "model")  # what it began from is needed no more
-    stand_in = values["model"]["path"]
+    stand_in = _stand_in(config)
+    values["model"]["path"] = stand_in
     given = parse_run(values, list(overrides))
     if given.model.path == stand_in:
-        given.model.path = began_from
+        given.model.path = config.model.path
     if given.output != config.output:
         raise RequestError(
             f"a run goes on in its own folder, {run}; {given.output} would be another run, begun at its first step.",
@@ -120,6 +123,34 @@ def resume(run: str | Path, overrides: Collection[str] = (), *, allow: Collectio
             remedy="Leave `output` out; to go on elsewhere, copy the run's folder and resume the copy.",
         )
     return train(given, allow=allow, say=say)
+
+
+def _stand_in(config: RunConfig) -> str:
+    """The model's path; where it is gone, full fine-tuning goes on from its checkpoints and needs it no more."""
+    path, saved = Path(config.model.path), published(Path(config.output))
+    gone = path.is_absolute() and not path.exists()
+    return str(saved[-1].path / "model") if config.adapter is None and saved and gone else config.model.path
+
+
+def train_chain(chain: Chain, *, allow: Collection[str] = (), say: Say = print) -> Run:
+    """Train stage after stage, passing over those that are finished; returns the last one's run.
+
+    Raises: as `train`; what can be known to be wrong with any stage is found before the first one trains.
+    """
+    chains.check(chain)
+    chains.begin(chain)
+    done: Run | None = None
+    for stage_ in chain.stages:
+        run = Path(stage_.config.output)
+        chains.check_order(stage_)
+        if chains.is_done(stage_.config, run):
+            say(f"stage {stage_.title} is finished: {run / 'final'}")
+            done = Run(run, run / "final", finish.stored_proof(run / "final"))
+            continue
+        say(f"stage {stage_.title} ({stage_.number} of {len(chain.stages)})")
+        done = train(stage_.config, allow=allow, say=say)
+    assert done is not None
+    return done
 
 
 def _train(session: Session, events: Events) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ from luthier.config.schema import ModelConfig, RunConfig
 from luthier.data.batches import Batches
 from luthier.data.prepare import Prepared, prepare, repeats
 from luthier.errors import RequestError
-from luthier.models import adapters
+from luthier.models import adapters, stack
 from luthier.models.memory import recompute
 from luthier.models.open import Base, Vocabulary, open_base, open_config, open_vocabulary
+from luthier.models.saved_adapter import open_adapter
 from luthier.report.metrics import MetricsLog
 from luthier.training import base_folder, numerics, optimizers, schedule
 from luthier.training.events import Events
@@ -31,20 +32,33 @@ from luthier.training.loop import Parts
 from luthier.training.measure import Measurer
 from luthier.training.rehearsal import rehearse_packing, rehearse_saving, rehearse_vocabulary
 from luthier.training.resolve import after_data, before_data
+from luthier.training.stage import Origin, other_base
 from luthier.training.state import seed_of
 
 Say = Callable[[str], None]
 
 
 class Session:
-    """Makes the parts of one run; ``start`` is the checkpoint to go on from, None for a fresh run."""
+    """Makes the parts of one run.
+
+    ``start`` is the checkpoint to go on from, None for a fresh run; ``origin`` the adapter that a fresh stage starts from.
+    """
 
     def __init__(
-        self, config: RunConfig, run: Path, device: torch.device, start: Found | None, allow: Collection[str], say: Say
+        self,
+        config: RunConfig,
+        run: Path,
+        device: torch.device,
+        start: Found | None,
+        allow: Collection[str],
+        say: Say,
+        origin: Origin | None = None,
     ) -> None:
+        self.origin = origin
+        self.then = manifests.read(start.path).facts if start else {}
         self.config, self.run, self.device, self.start, self.allow, self.say = config, run, device, start, allow, say
         self.extra: dict[str, Any] = read_state(start.path)["extra"] if start else {}
-        self.notes: list[str] = []
+        self.notes: list[str] = list(origin.notes) if origin else []
         self._vocabulary: Vocabulary | None = None
 
     def data(self) -> tuple[Prepared, Batches, int]:
@@ -98,6 +112,7 @@ class Session:
         return config if own is None else config.model_copy(update={"path": str(own), "revision": None})
 
     def model(self) -> tuple[Base, nn.Module]:
+        self._make_base()
         base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
         own = base_folder.existing(self.run)
         if own is not None and self.config.adapter is not None:
@@ -107,10 +122,7 @@ class Session:
             self.notes.append(f"wrote the base once to {own}, so that plain peft opens final/")
         model: Any = base.model
         if self.config.adapter is not None:
-            model = adapters.attach(
-                base, self.config.adapter, new_token_ids=base.new_token_ids,
-                base_name=str(own) if own else base.source.name, seed=seed_of(self.config.train.seed, "adapter"),
-            )  # fmt: skip
+            model = self._adapted(base, str(own) if own else base.source.name)
             self.notes += adapters.matched(model).notes
         else:
             for parameter in model.parameters():
@@ -125,6 +137,56 @@ class Session:
             by_layer(base.model)
         return base, model
 
+    def _make_base(self) -> None:
+        """Write what this stage's base is made from: the origin folded into its base, or the origin's run's own base."""
+        origin = self.origin
+        if origin is None or base_folder.existing(self.run) is not None:
+            return
+        if origin.then == "merge":
+            base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
+            parents = [{"kind": "base", **self._identity(base)}, origin.parent]
+            self._check_base(parents[0])
+            own = base_folder.write_merged(self.run, base, origin.folder, parents)
+            self.notes.append(f"merged {origin.folder} into its base, in fp32 and rounded once: {own}")
+        elif origin.own_base is not None:
+            base_folder.adopt(self.run, origin.own_base)
+
+    def _adapted(self, base: Base, name: str) -> Any:
+        """The base with the adapter that trains: a new one, the origin's, or the checkpoint's."""
+        adapter = self.config.adapter
+        assert adapter is not None
+        seed = seed_of(self.config.train.seed, "adapter")
+        folder, pair = (self.start.path / "adapter", self.then.get("stack")) if self.start else (None, None)
+        if self.origin is not None:
+            folder, pair = self.origin.folder, self.origin.stack
+            if self.origin.then == "stack":
+                return stack.put_on(base, folder, adapter, base_name=name, seed=seed)
+        if folder is None or adapter.then in (None, "merge"):
+            return adapters.attach(base, adapter, new_token_ids=base.new_token_ids, base_name=name, seed=seed)
+        if pair is not None:
+            return stack.open_split(base, folder, pair, base_name=name)
+        model, _ = open_adapter(base, folder, trainable=True)
+        model.peft_config["default"].base_model_name_or_path = name
+        model.peft_config["default"].revision = base.source.revision if name == base.source.name else None
+        return model
+
+    def _check_base(self, identity: dict[str, Any]) -> None:
+        origin = self.origin
+        if origin is None or not origin.base or compare.is_allowed("model.path", self.allow):
+            return
+        if identity["fingerprint"] != origin.base:
+            raise other_base(identity["name"], origin.folder)
+
+    def _lineage(self, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
+        """What manifests say of where this run's results come from."""
+        earlier = [self.origin.parent] if self.origin else [p for p in self.then.get("parents", []) if p["kind"] != "base"]  # fmt: skip
+        facts: dict[str, Any] = {"base": identity, "parents": [{"kind": "base", **identity}, *earlier]}
+        if stack.is_stacked(model):
+            known = self.origin.stack if self.origin and self.origin.stack and self.origin.then == "continue" else self.then.get("stack")  # fmt: skip
+            below = known.get("below", {}) if known else self.origin.parent if self.origin else {}
+            facts["stack"] = {"below": below, **stack.facts_of(cast(Any, model))}
+        return facts
+
     def parts(
         self, base: Base, model: nn.Module, prepared: Prepared, batches: Batches, total: int, events: Events
     ) -> Parts:
@@ -132,9 +194,11 @@ class Session:
         optimizer = optimizers.build(model, config.optim, adapter=config.adapter is not None)
         environment = numerics.environment(self.device, base.model)
         identity = self._identity(base)
+        if self.origin is not None and self.origin.then != "merge":
+            self._check_base(identity)
         checkpoints = Checkpoints(
             self.run, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every, tokenizer=base.tokenizer,
-            facts={"base": identity, "parents": [{"kind": "base", **identity}]},
+            facts=self._lineage(model, identity),
             metadata={"luthier.base": identity["fingerprint"]} if config.adapter else {}, say=self.say,
         )  # fmt: skip
         size = rehearse_saving(config, self.run, model, optimizer, checkpoints)
@@ -144,6 +208,8 @@ class Session:
         log = MetricsLog(self.run / "metrics.jsonl")
         if self.start:
             self._restore(model, optimizer, checkpoints, environment, identity)
+        elif self.origin is not None and self.origin.moments is not None:
+            checkpoints.load(self.origin.moments, model, optimizer)
         log.cut(self.extra.get("metrics_length", 0))
         checkpoints.reserve(model, optimizer)
         for line in optimizer.describe():

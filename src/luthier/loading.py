@@ -1,0 +1,174 @@
+"""The door in: from a path to a live model, whatever lies there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from luthier.artifacts import identify as artifacts
+from luthier.artifacts import manifest as manifests
+from luthier.config.read import read_resolved
+from luthier.config.schema import Precision
+from luthier.errors import RequestError
+from luthier.models import stack
+from luthier.models.adapter_base import adapters_in, base_name, check_base
+from luthier.models.door import Opening, differing_versions, open_door
+from luthier.models.refused import refused
+from luthier.models.saved_adapter import open_adapter
+from luthier.training.locate import locate
+from luthier.training.resolve import pick_device
+
+ADAPTER_CONFIG = "adapter_config.json"
+Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None
+_INSTEAD = {
+    "state_dict": "It is a state dict alone: luthier mend makes a folder of it where the model is known, or put the model's config.json beside it.",
+    "distcp": "These are shards of torch.distributed.checkpoint, which have to be converted first.",
+    "gguf_adapter": "Give its base as path and this file's PEFT folder as adapter.",
+}
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a path holds: a model by folder, file or hub id, or adapters by the names they get.
+
+    Attributes:
+        home: the folder with the manifest, which for a checkpoint is not that with the weights.
+    """
+
+    model: str | None = None
+    adapters: dict[str, Path] = field(default_factory=dict)
+    home: Path | None = None
+    run: Path | None = None
+
+
+@refused
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    precision: Precision | None = None,
+    device: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    adapter: Adapters = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> tuple[Any, Any]:
+    """Open a base model, a GGUF file, an adapter, several of them, a checkpoint, a run or a final folder.
+
+    Args:
+        trainable: what was trained trains again; else nothing does, and the model is in evaluation mode.
+        precision: bf16, fp16 or fp32; as trained if left out.
+        device: where to; the accelerator, else the CPU, if left out.
+        base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
+        adapter: adapters to put onto what lies at `path`: a folder, or folders by the names they get.
+        say: told what should be known and is no error; the logger ``luthier`` warns of it if left out.
+
+    Returns:
+        A transformers or peft model, and its tokenizer (None only where there is none).
+
+    Raises:
+        RequestError: nothing is there, it is of a kind that this version can't open, or there is no room for it.
+        ArtifactError: it is damaged, or the base is not the adapter's.
+    """
+    if precision is not None and precision not in get_args(Precision):
+        raise RequestError(f"precision is {precision!r}; it takes one of {', '.join(get_args(Precision))}.", code="wrong-value", where="precision")  # fmt: skip
+    how = Opening(
+        precision, device or str(pick_device()), trust_remote_code, say or logging.getLogger("luthier").warning
+    )
+    target = _target(os.fspath(path))
+    if precision is None and target.run is not None and (target.run / "run.yaml").is_file():
+        how = replace(how, precision=read_resolved(target.run / "run.yaml").model.precision)
+    if target.home is not None and (target.home / manifests.NAME).is_file():  # ours: every byte is known and checked
+        manifests.raise_problems(target.home, manifests.verify(target.home)[1])
+        _tell(differing_versions(manifests.read(target.home).facts.get("versions", {})), how)
+    given = _named(adapter)
+    if target.model is not None and not given:
+        if base is not None:
+            raise RequestError("this is a model and no adapter, so there is no base to give.", code="not-an-adapter", where=str(path), remedy="Leave `base` out.")  # fmt: skip
+        opened = open_door(target.model, how)
+        return _made_trainable(opened.model, trainable), opened.tokenizer
+    if target.model is None:
+        under, how = _base_of(target, base, how)
+    else:
+        under = target.model
+    return _put_on(under, target, {**target.adapters, **given}, trainable, how, insist=base is not None)
+
+
+def _target(text: str) -> _Target:
+    path = Path(text).expanduser()
+    if not _is_local(path):
+        return _Target(text)  # a hub id, or a mistake that opening it explains
+    found = locate(str(path))
+    if found.kind in _INSTEAD or found.kind == "unknown":
+        why = _INSTEAD.get(found.kind) or " ".join(p.message for p in artifacts.identify(found.path).problems)
+        raise RequestError(f"this is of kind {found.kind}, which has no model to open. {why}", code="kind", where=str(found.path), remedy="`luthier inspect` says what is there.")  # fmt: skip
+    folder = found.path
+    if found.kind == "checkpoint":
+        folder = folder / ("adapter" if (folder / "adapter").is_dir() else "model")
+    elif found.kind == "trainer_checkpoint":
+        folder = Path(artifacts.identify(folder).facts["weights"])
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _Target(adapters={"default": folder}, home=found.path, run=found.run)
+    if found.kind == "adapter":
+        return _Target(adapters=adapters_in(folder))
+    return _Target(str(folder), home=found.path, run=found.run)
+
+
+def _is_local(path: Path) -> bool:
+    return path.exists() or Path(str(path).rpartition("@")[0] or path).exists()
+
+
+def _named(adapter: Adapters) -> dict[str, Path]:
+    if adapter is None:
+        return {}
+    return {name: Path(folder).expanduser() for name, folder in adapter.items()} if isinstance(adapter, Mapping) else {"default": Path(adapter).expanduser()}  # fmt: skip
+
+
+def _tell(notes: Collection[str], how: Opening) -> None:
+    for note in notes:
+        how.tell(note)
+
+
+def _base_of(target: _Target, given: str | os.PathLike[str] | None, how: Opening) -> tuple[str, Opening]:
+    """The base under a target's adapters, and how it is opened: at the revision that the adapter names."""
+    folder = next(iter(target.adapters.values()))
+    if (folder / "config.json").is_file():
+        how.tell(f"{folder} holds a whole model beside the adapter; the adapter is opened on its own base.")
+    if given is not None:
+        return os.fspath(given), how
+    named = artifacts.identify(folder).base or {}
+    own = target.run / "base" if target.run and (target.run / "base").is_dir() else None
+    name, notes = base_name(folder, named=named.get("name"), own=own)
+    _tell(notes, how)
+    return name, replace(how, revision=named.get("revision"))
+
+
+def _put_on(under: str, target: _Target, adapters: Mapping[str, Path], trainable: bool, how: Opening, *, insist: bool) -> tuple[Any, Any]:  # fmt: skip
+    """Open a base and put adapters onto it, the first of them active."""
+    opened = open_door(under, how)
+    model: Any = opened.model
+    tokenizer = None
+    for name, folder in adapters.items():
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise RequestError("no adapter lies here.", code="no-adapter", where=str(folder), remedy="Give a folder with adapter_config.json.")  # fmt: skip
+        home = target.home if target.home is not None and name in target.adapters else folder
+        _tell(check_base(folder, home, opened.source, insisted=insist), how)
+        pair = manifests.read(home).facts.get("stack") if (home / manifests.NAME).is_file() else None
+        if trainable and pair is not None and len(adapters) == 1:  # of a stacked pair only the upper adapter trains
+            return stack.open_split(opened, folder, pair, base_name=under), opened.tokenizer
+        model, own = open_adapter(opened, folder, trainable=trainable, name=name)
+        opened.model = model
+        tokenizer = tokenizer or own
+    if len(adapters) > 1:
+        model.set_adapter(next(iter(adapters)), inference_mode=not trainable)
+    return model, tokenizer
+
+
+def _made_trainable(model: Any, trainable: bool) -> Any:
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable and parameter.is_floating_point())
+    return model.train(trainable)

@@ -1,0 +1,50 @@
+"""Weights in torch's own files, read as data: nothing in them is run, and what would need running is refused by name."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from luthier.errors import ArtifactError, RequestError
+
+_GLOBAL = re.compile(r"GLOBAL\s+([A-Za-z_][\w.]*)")  # torch names builtins without their module
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a torch file, mapped from disk where its form allows, by name.
+
+    Raises:
+        RequestError: the file wants more than tensors; it names what it wants.
+        ArtifactError: the file is cut off, damaged, or holds no tensors by name.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = _GLOBAL.search(str(error))
+        if wanted is None:
+            raise _damaged(path, error) from error
+        raise RequestError(
+            f"{path} is more than tensors: it wants to call {wanted.group(1)}, and opening it so would run code.",
+            code="pickle-code",
+            where=str(path),
+            remedy="If you trust where it came from, load it there and save the tensors alone, as safetensors.",
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ArtifactError(
+            "holds no plain set of tensors by name.",
+            code="no-tensors",
+            where=str(path),
+            remedy="Save the model's or the adapter's state dict alone.",
+        )
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    said = " ".join(str(error).split())[:200]
+    return ArtifactError(f"cannot be read: {said}", code="unreadable", where=str(path), remedy="Get the file again.")

@@ -1,0 +1,63 @@
+"""Whether a model fits where it is to go, told before anything of it is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from luthier.artifacts.tensorfile import read_header
+from luthier.config.schema import Precision
+from luthier.errors import RequestError
+
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def parameters_in(files: Iterable[Path]) -> int:
+    """How many numbers a set of safetensors files holds, by their headers."""
+    return sum(math.prod(place.spec.shape) for file in files for place in read_header(file)[0].values())
+
+
+def free_bytes(device: str | torch.device) -> int | None:
+    """Bytes free on a device, cached blocks released first; None where nobody says."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass_on = getattr(os, "sysconf", None)
+    if pass_on is None or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return None
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def check_room(parameters: int, precision: Precision, device: str | torch.device, free: int | None) -> None:
+    """Refuse a model that does not fit in what is free.
+
+    Raises:
+        RequestError: too little is free; it says which precision or device would do.
+    """
+    needed = parameters * _BYTES[precision]
+    if free is None or needed <= free:
+        return
+    on_cpu = torch.device(device).type == "cpu"
+    smaller = parameters * 2 <= free and _BYTES[precision] > 2
+    remedy = "Take precision='bf16', which fits." if smaller else "Take a smaller model, or free memory."
+    if not on_cpu and not smaller:
+        in_ram = free_bytes("cpu")
+        if in_ram is not None and needed <= in_ram:
+            remedy = "Take device='cpu', where it fits."
+    raise RequestError(
+        f"the model needs {needed / 2**30:.1f} GiB in {precision}, and {free / 2**30:.1f} GiB are free on {device}.",
+        code="no-memory-for-model",
+        where="device",
+        remedy=remedy,
+    )
