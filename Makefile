@@ -22,10 +22,10 @@ demo: $(READY)
 	$(VENV)/bin/luthier demo
 
 test: $(READY)
-	$(RUNNER) -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(RUNNER) -m pytest -n 2 -m "not slow"
 
 test-all: $(READY)
-	$(RUNNER) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUNNER) -m pytest -n 2
 
 lint: $(READY)
 	$(RUNNER) -m ruff check .

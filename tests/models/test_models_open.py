@@ -117,11 +117,13 @@ def test_git_lfs_pointer_is_recognised(llama):
         opened(llama)
 
 
-def test_pickle_only_folder_is_refused(llama):
+def test_damaged_pickle_file_is_named_and_nobody_is_told_to_run_it(llama):
     (llama / "model.safetensors").unlink()
     (llama / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(RequestError, match=r"pickle files only \(pytorch_model.bin\)"):
+    with pytest.raises(ArtifactError, match="cannot be read") as caught:
         opened(llama)
+    assert caught.value.where == str(llama / "pytorch_model.bin")
+    assert "weights_only" not in str(caught.value)
 
 
 def test_unreadable_config_names_the_file(llama):

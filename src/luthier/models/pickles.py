@@ -13,6 +13,8 @@ from luthier.errors import ArtifactError, RequestError
 
 _GLOBAL = re.compile(r"GLOBAL\s+([A-Za-z_][\w.]*)")  # torch names builtins without their module
 
+_REASON = re.compile(r"WeightsUnpickler error:\s*")
+
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a torch file, mapped from disk where its form allows, by name.
@@ -46,5 +48,6 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
-    said = " ".join(str(error).split())[:200]
+    said = _REASON.split(str(error))[-1]  # what comes before it advises to load the file by running it
+    said = " ".join(said.partition("Check the documentation")[0].split())[:200]
     return ArtifactError(f"cannot be read: {said}", code="unreadable", where=str(path), remedy="Get the file again.")
