@@ -69,7 +69,7 @@ def test_mapping_to_a_column_or_field_that_is_not_there_is_an_error(tmp_path, pr
     path = write_lines(tmp_path / "a.jsonl", [{"问题": "q", "回答": "a"}])
     with pytest.raises(RequestError, match=r"a\.jsonl:1: has no column '答案' \(it has 问题, 回答\)"):
         prepared(path, columns={"prompt": "问题", "completion": "答案"})
-    with pytest.raises(RequestError, match=r"data\.columns: 'question' is not a field"):
+    with pytest.raises(RequestError, match=r"data\.columns\.question: 'question' is not a field"):
         prepared(path, columns={"question": "问题"})
 
 

@@ -10,6 +10,7 @@ from conftest import chat, write_lines
 from luthier.config.schema import SourceConfig
 from luthier.data import encoding as encoding_module
 from luthier.data import sources as sources_module
+from luthier.data.encoding import BadText, read_lines
 from luthier.data.offenders import Offenders
 from luthier.data.sources import find_files, read_records
 from luthier.errors import RequestError
@@ -199,6 +200,15 @@ def test_one_bad_byte_in_utf_8_is_a_broken_line_and_not_an_encoding(tmp_path):
     with pytest.raises(RequestError, match=r"a\.jsonl:6: is not valid UTF-8 \(byte 11 of the line\)"):
         read(path)
     assert len(values(path, on_bad="skip")) == 10
+
+
+def test_one_bad_line_in_plain_english_is_a_broken_line_too(tmp_path):
+    lines = [b'{"text": "plain english %d"}' % number for number in range(40)]
+    lines[7] = b'{"text": "\xff\xfe"}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    found = list(read_lines(tmp_path / "a.jsonl", None))
+    assert [number for number, line in found if isinstance(line, BadText)] == [8]
+    assert len(found) == 40
 
 
 def test_wrong_or_unknown_encoding_is_an_error_that_names_it(tmp_path):

@@ -19,6 +19,8 @@ from luthier.errors import RequestError
 LONGEST_LINE = 64 << 20
 """Bytes (characters with `data.encoding`) in the longest line that is read; a longer one is no sample but a mistake."""
 SAMPLE = 1 << 18
+FEW = 0.05
+"""Share of a file's lines that may be no UTF-8 before the file as a whole is taken to be in another encoding."""
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -102,7 +104,9 @@ def _read_utf8(path: Path) -> Iterator[tuple[int, str | BadText]]:
                 detected = _detect(path)
                 if detected != "utf-8":
                     raise _other_encoding(path, number, detected) from None
-                yield number, BadText(f"is not valid UTF-8 (byte {error.start + 1} of the line)")
+                yield number, BadText(
+                    f"is not valid UTF-8 (byte {error.start + 1} of the line); a file in another encoding needs data.encoding"
+                )
 
 
 def _other_encoding(path: Path, number: int, detected: str | None) -> RequestError:
@@ -133,11 +137,15 @@ def _detect(path: Path) -> str | None:
         data = _around_first_foreign_byte(file.read(SAMPLE), file.read)
     if data[:2] in _MARKS:
         return _MARKS[data[:2]]
-    lines = [line for line in data.split(b"\n")[:-1] or [data] if not line.isascii()]
-    if sum(_decodes(line, "utf-8") for line in lines) > len(lines) / 2:
+    lines = data.split(b"\n")[:-1] or [data]
+    foreign = [line for line in lines if not line.isascii()]
+    broken = sum(not _decodes(line, "utf-8") for line in foreign)
+    if broken < len(foreign) / 2:
         return "utf-8"
     if _is_simplified_chinese(data):
         return "gb18030"
+    if broken <= len(lines) * FEW:
+        return "utf-8"
     from charset_normalizer import from_bytes
 
     best = from_bytes(data).best()
