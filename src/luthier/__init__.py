@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # typing takes longer to import than this package; type c
 if TYPE_CHECKING:
     from typing import Any
 
-    from luthier.api import describe, load, resume, save, train
+    from luthier.api import describe, export, load, resume, save, train
     from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.config.schema import RunConfig
 
@@ -23,11 +23,12 @@ _HOMES = {
     "train": "luthier.api",
     "resume": "luthier.api",
     "describe": "luthier.api",
+    "export": "luthier.export",
     "Checkpoints": "luthier.checkpoint.checkpoints",
     "RunConfig": "luthier.config.schema",
 }
 
-__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "describe", "load", "resume", "save", "train"]  # fmt: skip
+__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "describe", "export", "load", "resume", "save", "train"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -35,4 +36,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    return home if name == "export" else getattr(home, name)  # that package is the function, too

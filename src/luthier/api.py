@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from luthier.checkpoint.layout import is_adapter
 from luthier.config.read import parse_run, read_resolved, read_run
 from luthier.config.schema import ModelConfig, Precision, RunConfig
 from luthier.errors import ArtifactError, RequestError
+from luthier.export.door import Exported, export_folder
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.models.open import Base, open_base
 from luthier.training import run as runs
@@ -105,7 +106,7 @@ def load(
     if found is None:  # a hub id
         opened = _open(os.fspath(path), precision, where, trust_remote_code)
         return _made_trainable(opened.model, trainable), opened.tokenizer
-    if found.kind not in ("base", "gguf", "adapter", "checkpoint"):
+    if found.kind not in ("base", "merged", "gguf", "adapter", "checkpoint"):
         raise RequestError(
             f"this is of kind {found.kind}, which this version cannot load.", code="kind", where=str(found.path)
         )
@@ -215,6 +216,35 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind
     return Written(folder, live, proof)
 
 
+def export(
+    src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    weights: Sequence[float] | None = None,
+    prove: bool = True,
+) -> Exported:
+    """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast) or ``adapter``.
+
+    Args:
+        src: a run, RUN@best, a checkpoint, an adapter or a model folder; several adapters for a weighted sum.
+
+    Raises: as ``luthier.export.door.export_folder``.
+    """
+    sources = [src] if isinstance(src, str | os.PathLike) else list(src)
+    paths = [
+        locate(path).path if os.fspath(path).endswith(("@best", "@newest", "@final")) else Path(path)
+        for path in sources
+    ]
+    return export_folder(
+        paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
+        weights=weights, prove=prove,
+    )  # fmt: skip
+
+
 def prove(path: str | os.PathLike[str], against: str | os.PathLike[str]) -> Proof:
     """Open two artefacts with plain libraries, each in a process of its own, and compare their logits."""
     from transformers import AutoTokenizer
@@ -232,7 +262,7 @@ def prove(path: str | os.PathLike[str], against: str | os.PathLike[str]) -> Proo
 def _weights_folder(location: Location) -> Path:
     if location.kind == "checkpoint":
         return location.path / ("adapter" if (location.path / "adapter").is_dir() else "model")
-    if location.kind in ("adapter", "base"):
+    if location.kind in ("adapter", "base", "merged"):
         return location.path
     raise RequestError(
         f"plain libraries have no way to open kind {location.kind}.", code="kind", where=str(location.path)

@@ -146,6 +146,8 @@ def _weights(path: Path, kind: str, manifest_in: Path | None = None) -> Artifact
         result.problems = result.problems + found
     result.whole = not result.problems
     if manifest is not None:
+        if manifest.kind == "merged":
+            result.kind = "merged"
         result.base = manifest.facts.get("base")
         result.parents = list(manifest.facts.get("parents", []))
         known = ("step", "fingerprint", "versions")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ class Exported:
     path: Path
     kind: str
     opens_with: str
+    proof: str | None = None
+
+    def __str__(self) -> str:
+        proof = self.proof or "not proven"
+        return f"{self.path}: {self.kind}; {proof}\nopen it: {self.opens_with}({str(self.path)!r})"
+
+
+def weights_of(text: str | None) -> list[float] | None:
+    """``0.7,0.3`` as numbers.
+
+    Raises:
+        RequestError: it holds something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise RequestError(f"{text!r} are no numbers.", code="form", where="--weights", remedy="Write 0.7,0.3.") from None
 
 
 def export_folder(
@@ -80,7 +98,8 @@ def export_folder(
     else:
         _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter", say=say)
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
-    return Exported(out, to, opens)
+    told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
+    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None)
 
 
 def weights_folder(path: Path) -> Path:
@@ -163,8 +182,6 @@ def _copy(
 
 
 def _as_is(source: Source, name: str, word: str | None) -> Output:
-    from dataclasses import replace
-
     spec = source.specs[name]
     return Output(replace(spec, dtype=word) if word and spec.dtype in FLOATS else spec, source, name)
 

@@ -5,10 +5,10 @@ file named by its first argument:
 
     {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
      "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
-     "trust_remote_code": false, "out": "logits.safetensors"}
+     "rounding": 0.004 or null, "trust_remote_code": false, "out": "logits.safetensors"}
 
 and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
-(``plain0``), and beside them ``out + ".json"`` with what the folder's own tokenizer makes of the messages.
+(``plain0``) and with adapted weights disturbed by up to that share (``rounded0``), and beside them ``out + ".json"`` with what the folder's own tokenizer makes of the messages.
 """
 
 import json
@@ -40,6 +40,11 @@ def main(request_path: str) -> None:
             if is_adapter:
                 with model.disable_adapter():
                     tensors[f"plain{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+        if is_adapter and request.get("rounding"):
+            disturb(model, request["rounding"])
+            for number, ids in enumerate(request["ids"]):
+                batch = torch.tensor([ids], device=request["device"])
+                tensors[f"rounded{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
     save_file(tensors, request["out"])
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
@@ -47,6 +52,17 @@ def main(request_path: str) -> None:
     rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
     answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules}
     Path(request["out"] + ".json").write_text(json.dumps(answer))
+
+
+def disturb(model, share):
+    """Change every weight that an adapter is put on at random, by up to ``share`` of it: what rounding a sum does."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "base_layer" in name:
+            noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).mul_(share).add_(1)
+            weight.mul_(noise.to(weight))
 
 
 def read_texts(tokenizer, conversations, texts):

@@ -37,7 +37,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
         return _in_run(artifact.path, wanted)
     if wanted:
         raise RequestError(f"@{wanted} belongs behind a run's folder, and this is of kind {artifact.kind}.", code="not-a-run", where=name)  # fmt: skip
-    if not artifact.whole and artifact.kind in ("checkpoint", "adapter", "base"):
+    if not artifact.whole and artifact.kind in ("checkpoint", "adapter", "base", "merged"):
         serious = [problem for problem in artifact.problems if problem.code != "base-missing"]
         manifests.raise_problems(artifact.path, serious)
     run = next((p for p in (artifact.path.parent, artifact.path.parent.parent) if (p / "run.yaml").is_file()), None)
