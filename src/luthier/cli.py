@@ -25,7 +25,10 @@ VERBS = {
     "inspect": ("PATH [--json]", "what is there: kind, base, shapes, precision, lineage, whether it is whole"),
     "verify": ("PATH", "read everything back against the manifest"),
     "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
-    "export": ("SRC DST --to FORM", "write another form: merged, transformers (re-shard, cast) or adapter; streams; proves"),
+    "export": (
+        "SRC DST --to FORM",
+        "write another form: merged, transformers (re-shard, cast) or adapter; streams; proves",
+    ),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
     "chat": ("PATH [--prompt TEXT]", "talk to whatever is there"),
     "schema": ("", "the run file's JSON Schema, for editors"),

@@ -109,11 +109,15 @@ def test_tensor_that_fits_nowhere_is_an_error(base, adapter, tmp_path):
     broken.mkdir()
     (broken / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors |= {name.replace("layers.1", "layers.7"): value.clone() for name, value in tensors.items() if "layers.1" in name}
+    tensors |= {
+        name.replace("layers.1", "layers.7"): value.clone() for name, value in tensors.items() if "layers.1" in name
+    }
     save_file(tensors, broken / "adapter_model.safetensors")
     with pytest.raises(luthier.ArtifactError, match=r"layers\.7"):
         luthier.export(broken, tmp_path / "out", to="merged")
-    kept = {name: value for name, value in tensors.items() if "layers.0.self_attn.q" not in name and "layers.7" not in name}
+    kept = {
+        name: value for name, value in tensors.items() if "layers.0.self_attn.q" not in name and "layers.7" not in name
+    }
     save_file(kept, broken / "adapter_model.safetensors")
     with pytest.raises(luthier.ArtifactError, match=r"layers\.0\.self_attn\.q_proj"):
         luthier.export(broken, tmp_path / "out", to="merged")

@@ -30,7 +30,7 @@ VARIANTS = (
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base when the adapter is loaded
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_A\.bias|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(\.weight)?|(token_adapter\.)?trainable_tokens_delta)"
+    r"|lora_magnitude_vector(\.weight)?|trainable_tokens_delta)"
 )
 
 
@@ -100,8 +100,8 @@ def _read(folder: Path, weight: float, stack: ExitStack) -> Adapter:
         plain = plain.removeprefix(names.PEFT)
         found = _PART.fullmatch(plain)
         if found:
-            part = found["part"].removeprefix("token_adapter.").removesuffix(".weight")
-            adapter.parts.setdefault(found["module"], {})[part] = name
+            part = found["part"].removesuffix(".weight")
+            adapter.parts.setdefault(found["module"].removesuffix(".token_adapter"), {})[part] = name
         else:
             adapter.wholes[plain.replace(".base_layer.", ".")] = name
     return adapter

@@ -49,7 +49,9 @@ def weights_of(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")] if text else None
     except ValueError:
-        raise RequestError(f"{text!r} are no numbers.", code="form", where="--weights", remedy="Write 0.7,0.3.") from None
+        raise RequestError(
+            f"{text!r} are no numbers.", code="form", where="--weights", remedy="Write 0.7,0.3."
+        ) from None
 
 
 def export_folder(

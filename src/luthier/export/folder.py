@@ -184,5 +184,3 @@ def shard_bytes(text: str | None, default: int) -> int:
     if size < 1:
         raise RequestError(f"{text!r} is no size.", code="shard-size", where="--shard-size", remedy="Write it as 2GB or 500MB.")  # fmt: skip
     return size
-
-

@@ -68,7 +68,7 @@ class Change:
                 if self._norms is None:
                     self._norms = self._column_norms(low, read, height)
             scale = scale / self._norms
-        rows = {}
+        rows: dict[int, torch.Tensor] = {}
         for load_rows in self.rows:
             indices, values = load_rows()
             rows |= {int(index): value.float() for index, value in zip(indices, values, strict=True)}

@@ -8,7 +8,7 @@ every adapter is used, or it is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -186,7 +186,9 @@ def _plan_module(planner: _Planner, adapter: Adapter, module: str, parts: set[st
     if dora:
         _must_be_alone(alone, adapter, f"{module} is scaled (DoRA)")
     name, key = _parameter(planner, adapter, module)
-    shape = planner.touch(name).rows and (planner.touch(name).rows, *planner.shape(name)[1:]) or planner.shape(name)
+    shape, grown = planner.shape(name), planner.touch(name).rows
+    if grown is not None:
+        shape = (grown, *shape[1:])
     a, b = adapter.spec(module, first).shape, adapter.spec(module, second).shape
     turned = embedding or bool(adapter.config.get("fan_in_fan_out"))
     direct = key != module
@@ -322,11 +324,15 @@ def _outputs(planner: _Planner, dtype: str | None) -> MergePlan:
                 extra.append(replace(output, spec=replace(output.spec, name=name)))
             else:
                 made[stretch.file] = output
-    for follower in sorted(parts - set(touched)):  # keeps what it had, in a tensor of its own now
-        stretch = planner.stretches(follower)[0]
+    for left in sorted(parts - set(touched)):  # keeps what it had, in a tensor of its own now
+        stretch = planner.stretches(left)[0]
         spec = base.specs[stretch.file]
-        extra.append(Output(_cast(replace(spec, name=follower), dtype), base, stretch.file))
-    outputs = [made.get(name) or Output(_cast(spec, dtype), base, name) for name, spec in base.specs.items() if name not in parts]
+        extra.append(Output(_cast(replace(spec, name=left), dtype), base, stretch.file))
+    outputs = [
+        made.get(name) or Output(_cast(spec, dtype), base, name)
+        for name, spec in base.specs.items()
+        if name not in parts
+    ]
     rows = {what.rows for what in touched.values() if what.rows}
     return MergePlan([*outputs, *extra], bool(parts), max(rows) if rows else None)
 
@@ -373,5 +379,3 @@ def _count(shape: Sequence[int]) -> int:
     for extent in shape:
         count *= extent
     return count
-
-

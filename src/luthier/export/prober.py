@@ -46,10 +46,12 @@ def main(request_path: str) -> None:
                 batch = torch.tensor([ids], device=request["device"])
                 tensors[f"rounded{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
     save_file(tensors, request["out"])
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
-    )
-    rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
+    rendered, tokens = [], []
+    if request.get("tokenizer", True):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
+        )
+        rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
     answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules}
     Path(request["out"] + ".json").write_text(json.dumps(answer))
 

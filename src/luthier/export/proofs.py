@@ -29,8 +29,8 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
             return _not_opened(folder)
         dtype = _main_dtype(folder)
         probe = _probe(folder, "float32")
-        found = plain_answers(folder, probe)
-        expected = plain_answers(adapter, probe, base=str(base), rounding=ROUNDING[dtype])
+        found = plain_answers(folder, probe, tokenizer=False)
+        expected = plain_answers(adapter, probe, base=str(base), rounding=ROUNDING[dtype], tokenizer=False)
         return _checked(within(expected, found, dtype=dtype, device="cpu"), folder)
 
     return prove
@@ -44,11 +44,12 @@ def prove_copy(source: Path, word: str | None) -> Callable[[Path], bytes]:
             return _not_opened(folder)
         names = {"BF16": "bfloat16", "F16": "float16"}
         probe = _probe(source, names.get(word or _main_dtype(folder), "float32"))
+        asked = (source / "tokenizer_config.json").is_file()
         try:
-            expected = plain_answers(source, probe)
+            expected = plain_answers(source, probe, tokenizer=asked)
         except ArtifactError as error:
             return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", f"the source does not open: {error.message}").to_bytes()  # fmt: skip
-        return _checked(compare(expected, plain_answers(folder, probe), device="cpu"), folder)
+        return _checked(compare(expected, plain_answers(folder, probe, tokenizer=asked), device="cpu"), folder)
 
     return prove
 
@@ -99,12 +100,12 @@ def _fits(folder: Path) -> bool:
     told = Path("/proc/meminfo")
     if not told.is_file():
         return True
-    free = next(int(line.split()[1]) * 1024 for line in told.read_text().splitlines() if line.startswith("MemAvailable"))
+    free = next(
+        int(line.split()[1]) * 1024 for line in told.read_text().splitlines() if line.startswith("MemAvailable")
+    )
     return elements * 4 * 2 < free
 
 
 def _not_opened(folder: Path) -> bytes:
     says = "the model does not fit into this machine's memory, so it was not opened; its bytes are digested in luthier.json."
     return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says).to_bytes()
-
-

@@ -112,11 +112,14 @@ def live_answers(model: nn.Module, tokenizer: Any, probe: Probe) -> Answers:
     return Answers(logits, largest_difference(logits, again), rendered, tokens)
 
 
-def plain_answers(folder: Path, probe: Probe, *, base: str | None = None, rounding: float | None = None) -> Answers:
+def plain_answers(
+    folder: Path, probe: Probe, *, base: str | None = None, rounding: float | None = None, tokenizer: bool = True
+) -> Answers:
     """The logits that plain transformers or peft compute from a folder, in a process of its own.
 
     Args:
         rounding: also answer with the adapted weights disturbed at random by up to this share of each.
+        tokenizer: also ask the folder's tokenizer; an adapter may have none.
 
     Raises:
         ArtifactError: the folder does not open there; the text carries that process's error.
@@ -130,6 +133,7 @@ def plain_answers(folder: Path, probe: Probe, *, base: str | None = None, roundi
             "folder": str(folder),
             "base": base,
             "rounding": rounding,
+            "tokenizer": tokenizer,
             "messages": MESSAGES,
             "texts": TEXTS,
             "out": str(out),

@@ -18,6 +18,7 @@ import torch
 from luthier.artifacts.files import forget_cached, inside, open_binary
 from luthier.artifacts.tensorfile import BITS, Place, TensorSpec, check_length, read_header, read_into
 from luthier.checkpoint.layout import FROM_FILE, spec_of
+from luthier.checkpoint.shards import Shard
 from luthier.errors import ArtifactError
 
 
@@ -69,7 +70,7 @@ class SafetensorsSource(Source):
         path, place = self._places[name]
         width = BITS[place.spec.dtype] // 8
         if target.numel():
-            view = memoryview(target.view(torch.uint8).numpy())
+            view = bytes_of(target)
             read_into(self._open(path), view, place.offset + start * width, path)
 
     def _open(self, path: Path) -> int:
@@ -143,3 +144,8 @@ def _files(folder: Path, stem: str, ending: str) -> list[Path]:
 
 def _count(spec: TensorSpec) -> int:
     return spec.size * 8 // BITS[spec.dtype]
+
+
+def bytes_of(flat: torch.Tensor) -> memoryview:
+    """A flat tensor's bytes, not a copy."""
+    return Shard(flat, 0).bytes

@@ -17,13 +17,23 @@ from typing import Any
 
 import torch
 
-from luthier.artifacts.files import allocate, flush_file, forget_cached, free_bytes, full_disk_named, open_binary, readable_size, write_at, write_file  # fmt: skip
+from luthier.artifacts.files import (  # fmt: skip
+    allocate,
+    flush_file,
+    forget_cached,
+    free_bytes,
+    full_disk_named,
+    open_binary,
+    readable_size,
+    write_at,
+    write_file,
+)
 from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
 from luthier.checkpoint.layout import FROM_FILE
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.lowrank import BLOCK, Change
-from luthier.export.source import Source
+from luthier.export.source import Source, bytes_of
 
 WORKERS = 3
 
@@ -178,7 +188,7 @@ class _Worker:
     def write(self, file: FilePlan, place: Place, offset: int, length: int) -> None:
         output = self._outputs[place.spec.name]
         width = BITS[place.spec.dtype] // 8
-        start, count = (offset - place.offset) // width, length // width
+        start = (offset - place.offset) // width
         dtype = FROM_FILE[place.spec.dtype]
         out = self._buffer("out", length).view(dtype)
         original = output.source.specs[output.name]
@@ -188,7 +198,7 @@ class _Worker:
             output.source.read(output.name, start, out)
         else:
             before = self._compute(output, original, start, out, digest_before=same)
-        data = memoryview(out.view(torch.uint8).numpy())
+        data = bytes_of(out)
         digest = digest_of(data)
         write_at(self._descriptors[file.name], data, offset)
         self._digests.append(Digest(file.name, offset, length, digest))
@@ -215,7 +225,7 @@ class _Worker:
         raw[taken:].zero_()  # rows beyond the source's are given by the change
         before = None
         if digest_before and output.source is self._witness:
-            before = digest_of(memoryview(raw[start - begin : start - begin + count].view(torch.uint8).numpy()))
+            before = digest_of(bytes_of(raw[start - begin : start - begin + count]))
         rows = raw.view(-1, width)
 
         def read(low: int, high: int) -> torch.Tensor:
