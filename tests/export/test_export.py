@@ -50,6 +50,7 @@ def test_merged_is_proven_against_base_and_adapter_and_says_its_parents(base, ad
     assert not (tmp_path / "twice").exists()
 
 
+@pytest.mark.slow
 def test_wrong_merge_fails_the_proof_and_publishes_nothing(base, adapter, tmp_path):
     from luthier.export.merge import merge_folders
     from luthier.export.proofs import prove_merge
@@ -73,6 +74,7 @@ def test_sum_of_two_adapters_is_weighted(base, adapter, tmp_path):
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_transformers_form_is_resharded_and_cast_and_proven(base, tmp_path):
     luthier.export(base, tmp_path / "out", to="transformers", shard_size="20KB", dtype="fp16")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
@@ -94,6 +96,7 @@ def test_pickled_weights_become_safetensors(base, tmp_path):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_adapter_form_holds_the_same_adapter(adapter, tmp_path):
     luthier.export(adapter, tmp_path / "out", to="adapter")
     wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
