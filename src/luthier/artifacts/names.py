@@ -48,7 +48,8 @@ def of_adapter(name: str) -> AdapterName:
     while name.startswith(PEFT):
         name = unwrapped(name.removeprefix(PEFT))
     parts = name.split(".")
-    own = next((index for index, part in enumerate(parts) if part.startswith(ADAPTER_PARTS)), None)
+    holders = ("token_adapter",)  # a module that holds the adapter's tensors, and is none itself
+    own = next((i for i, part in enumerate(parts) if part.startswith(ADAPTER_PARTS) and part not in holders), None)
     inner = None
     if own is not None and len(parts) > own + 1 and parts[own + 1] not in _LEAVES:
         inner = parts.pop(own + 1)
