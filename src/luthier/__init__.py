@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # typing takes longer to import than this package; type c
 if TYPE_CHECKING:
     from typing import Any
 
-    from luthier.api import combine, describe, load, mend, resume, save, train
+    from luthier.api import combine, describe, export, load, mend, resume, save, train
     from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.config.schema import RunConfig
 
@@ -25,11 +25,12 @@ _HOMES = {
     "resume": "luthier.api",
     "mend": "luthier.api",
     "describe": "luthier.api",
+    "export": "luthier.export",
     "Checkpoints": "luthier.checkpoint.checkpoints",
     "RunConfig": "luthier.config.schema",
 }
 
-__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "combine", "describe", "load", "mend", "resume", "save", "train"]  # fmt: skip
+__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "combine", "describe", "export", "load", "mend", "resume", "save", "train"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -37,4 +38,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    return home if name == "export" else getattr(home, name)  # that package is the function, too

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from luthier.checkpoint.layout import is_adapter
 from luthier.config import chain
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError, RequestError
+from luthier.export.door import Exported, export_folder
 from luthier.export.mend import mend
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.loading import load
@@ -111,6 +112,35 @@ def _saved(model: nn.Module, folder: Path, tokenizer: Any, live: str) -> Written
     if proof.verdict == "failed":
         raise ArtifactError(f"the proof failed: {proof.says}", code="proof-failed", where=str(folder), remedy="Do not use this folder.")  # fmt: skip
     return Written(folder, live, proof)
+
+
+def export(
+    src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    weights: Sequence[float] | None = None,
+    prove: bool = True,
+) -> Exported:
+    """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast) or ``adapter``.
+
+    Args:
+        src: a run, RUN@best, a checkpoint, an adapter or a model folder; several adapters for a weighted sum.
+
+    Raises: as ``luthier.export.door.export_folder``.
+    """
+    sources = [src] if isinstance(src, str | os.PathLike) else list(src)
+    paths = [
+        locate(path).path if os.fspath(path).endswith(("@best", "@newest", "@final")) else Path(path)
+        for path in sources
+    ]
+    return export_folder(
+        paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
+        weights=weights, prove=prove,
+    )  # fmt: skip
 
 
 def prove(path: str | os.PathLike[str], against: str | os.PathLike[str]) -> Proof:

@@ -27,6 +27,10 @@ VERBS = {
     "inspect": ("PATH [--json]", "what is there: kind, base, shapes, precision, lineage, whether it is whole"),
     "verify": ("PATH", "read everything back against the manifest"),
     "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
+    "export": (
+        "SRC DST --to FORM",
+        "write another form: merged, transformers (re-shard, cast) or adapter; streams; proves",
+    ),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
     "mend": ("SRC DST [--base PATH]", "write a repaired copy where the remedy is certain"),
     "chat": ("PATH [--prompt TEXT]", "talk to whatever is there"),
@@ -158,6 +162,16 @@ def _parser(verb: str) -> ArgumentParser:
         add("--samples", type=_number(int, 0), default=3, metavar="N", help="how many samples to show (3)")
     if verb == "prove":
         add("--against", required=True, metavar="SRC", help="what PATH should equal")
+    if verb == "export":
+        add("source", metavar="SRC", help="a run, RUN@best, a checkpoint, an adapter or a model folder")
+        add("target", metavar="DST", help="the folder to write; it must not exist")
+        add("--to", required=True, metavar="FORM", help="merged, transformers or adapter")
+        add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
+        add("--with", dest="others", action="append", default=[], metavar="PATH", help="a further adapter to merge in")
+        add("--weights", metavar="W,W", help="a factor for each adapter, SRC's first (1 each)")
+        add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
+        add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
+        add("--no-proof", action="store_true", help="don't open the result with plain libraries")
     if verb == "eval":
         add("data", metavar="DATA", help="a data file, or a run file whose data.eval is used")
         add("--against", metavar="PATH", help="a second artefact, measured side by side")
@@ -304,6 +318,20 @@ def _prove(options: Namespace) -> int:
     return 3 if proof.verdict == "failed" else 0
 
 
+def _export(options: Namespace) -> int:
+    from pathlib import Path
+
+    from luthier.export.door import export_folder, weights_of
+
+    made = export_folder(
+        [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
+        base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
+        weights=weights_of(options.weights), prove=not options.no_proof, say=_say_progress,
+    )  # fmt: skip
+    print(made)
+    return 0
+
+
 def _eval(options: Namespace) -> int:
     from luthier.api import load
     from luthier.training.eval_artefact import evaluate_artefacts
@@ -383,5 +411,5 @@ def _print_json(value: Any) -> None:
 
 _RUN: dict[str, Callable[[Namespace], int]] = {
     "train": _train, "resume": _resume, "plan": _plan, "data": _data, "inspect": _inspect, "verify": _verify,
-    "prove": _prove, "eval": _eval, "mend": _mend, "chat": _chat, "schema": _schema, "demo": _demo,
+    "prove": _prove, "export": _export, "eval": _eval, "mend": _mend, "chat": _chat, "schema": _schema, "demo": _demo,
 }  # fmt: skip

@@ -236,7 +236,9 @@ def _weights(contents: Contents, kind: str, *, home: Contents | None = None) -> 
         result.parents = list(manifest.facts.get("parents", []))
         known = ("step", "fingerprint", "versions")
         result.facts = {key: manifest.facts[key] for key in known if key in manifest.facts}
-        if not adapter and {"adapter", "base"} <= {parent.get("kind") for parent in result.parents}:
+        if not adapter and (
+            manifest.kind == "merged" or {"adapter", "base"} <= {parent.get("kind") for parent in result.parents}
+        ):
             result.kind = "merged"
     config = contents.json(ADAPTER_CONFIG if adapter else CONFIG)
     _measure(result, specs, {} if adapter else config)

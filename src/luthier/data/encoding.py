@@ -104,8 +104,11 @@ def _read_utf8(path: Path) -> Iterator[tuple[int, str | BadText]]:
                 detected = _detect(path)
                 if detected != "utf-8":
                     raise _other_encoding(path, number, detected) from None
-                yield number, BadText(
-                    f"is not valid UTF-8 (byte {error.start + 1} of the line); a file in another encoding needs data.encoding"
+                yield (
+                    number,
+                    BadText(
+                        f"is not valid UTF-8 (byte {error.start + 1} of the line); a file in another encoding needs data.encoding"
+                    ),
                 )
 
 

@@ -5,11 +5,12 @@ file named by its first argument:
 
     {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
      "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
-     "trust_remote_code": false, "layered": false, "out": "logits.safetensors"}
+     "trust_remote_code": false, "layered": false, "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
 
 and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
-(``plain0``), and beside them ``out + ".json"`` with what the folder's own tokenizer makes of the messages. Where the model
-does not fit on the device, its weights stay in host memory and visit the device layer by layer (``layered`` asks for it).
+(``plain0``) and with adapted weights disturbed by up to the share ``rounding`` (``rounded0``), and beside them
+``out + ".json"`` with what the folder's own tokenizer makes of the messages. Where the model does not fit on the device, its
+weights stay in host memory and visit the device layer by layer (``layered`` asks for it).
 """
 
 import gc
@@ -44,10 +45,12 @@ def main(request_path: str) -> None:
         layered = True
         tensors = logits_of(folder, request, layered)
     save_file(tensors, request["out"])
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
-    )
-    rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
+    rendered, tokens = [], []
+    if request.get("tokenizer", True):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=request["trust_remote_code"]
+        )
+        rendered, tokens = read_texts(tokenizer, request["messages"], request["texts"])
     answer = {"rendered": rendered, "tokens": tokens, "luthier": "luthier" in sys.modules, "layered": layered}
     Path(request["out"] + ".json").write_text(json.dumps(answer))
 
@@ -67,7 +70,25 @@ def logits_of(folder, request, layered):
             if is_adapter:
                 with model.disable_adapter():
                     tensors[f"plain{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+        if (
+            is_adapter and request.get("rounding") and not layered
+        ):  # layered, the weights are not where they could be changed
+            disturb(model, request["rounding"])
+            for number, ids in enumerate(request["ids"]):
+                batch = torch.tensor([ids], device=request["device"])
+                tensors[f"rounded{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
     return tensors
+
+
+def disturb(model, share):
+    """Change every weight that an adapter is put on at random, by up to ``share`` of it: what rounding a sum does."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "base_layer" in name:
+            noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).mul_(share).add_(1)
+            weight.mul_(noise.to(weight))
 
 
 def read_texts(tokenizer, conversations, texts):

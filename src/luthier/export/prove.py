@@ -60,6 +60,7 @@ class Answers:
     tokens: list[list[int]] = field(default_factory=list)
     plain: list[torch.Tensor] = field(default_factory=list)
     layered: bool = False
+    rounded: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,14 @@ def live_answers(model: nn.Module, tokenizer: Any, probe: Probe) -> Answers:
     return Answers(logits, largest_difference(logits, again), rendered, tokens)
 
 
-def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Answers:
+def plain_answers(
+    folder: Path, probe: Probe, *, base: str | None = None, rounding: float | None = None, tokenizer: bool = True
+) -> Answers:
     """The logits that plain transformers or peft compute from a folder, in a process of its own.
+
+    Args:
+        rounding: also answer with the adapted weights disturbed at random by up to this share of each.
+        tokenizer: also ask the folder's tokenizer; an adapter may have none.
 
     Raises:
         ArtifactError: the folder does not open there; the text carries that process's error.
@@ -128,6 +135,8 @@ def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Ans
             **asdict(probe),
             "folder": str(folder),
             "base": base,
+            "rounding": rounding,
+            "tokenizer": tokenizer,
             "messages": MESSAGES,
             "texts": TEXTS,
             "out": str(out),
@@ -154,7 +163,8 @@ def plain_answers(folder: Path, probe: Probe, *, base: str | None = None) -> Ans
     logits = [tensors[f"probe{i}"] for i in count]
     noise = largest_difference(logits, [tensors[f"again{i}"] for i in count])
     plain = [tensors[f"plain{i}"] for i in count if f"plain{i}" in tensors]
-    return Answers(logits, noise, told["rendered"], told["tokens"], plain, told["layered"])
+    rounded = [tensors[f"rounded{i}"] for i in count if f"rounded{i}" in tensors]
+    return Answers(logits, noise, told["rendered"], told["tokens"], plain, told["layered"], rounded)
 
 
 def compare(expected: Answers, found: Answers, *, device: str, before: list[torch.Tensor] | None = None) -> Proof:
@@ -193,6 +203,32 @@ def compare(expected: Answers, found: Answers, *, device: str, before: list[torc
         return Proof("inconclusive", False, difference, bound, effect, compared, says)
     moved = "" if effect is None else f"; training moved them by up to {effect:.3g}"
     return Proof("passed", True, difference, bound, effect, compared, f"opened by plain libraries, {how}{moved}.")
+
+
+def within(expected: Answers, found: Answers, *, dtype: str, device: str) -> Proof:
+    """Compare a merged model with its base and adapter, which differ by the rounding of the sum.
+
+    The bound is four times what disturbing the adapted weights by one rounding of ``dtype`` moved the logits, and the
+    error of fp32 sums in another order (1e-5 of the largest logit).
+    """
+    if [x.shape for x in expected.logits] != [x.shape for x in found.logits]:
+        says = "the logits have another shape: another vocabulary or architecture."
+        return Proof("failed", False, float("inf"), 0.0, None, f"logits; {device}", says, (says,))
+    difference = largest_difference(expected.logits, found.logits)
+    largest = max(float(tensor.abs().max()) for tensor in expected.logits)
+    rounding = largest_difference(expected.logits, expected.rounded) if expected.rounded else 0.0
+    bound = 4 * rounding + 1e-5 * largest
+    effect = _moved(expected.logits, expected.plain)
+    tokens = sum(len(x) for x in expected.logits)
+    compared = f"logits of {len(expected.logits)} prompts ({tokens} tokens) with base and adapter in peft, both in fp32; {device}"
+    if not difference <= bound:
+        says = f"logits differ by up to {difference:.3g}, more than the bound {bound:.3g} that rounding to {dtype} explains."
+        return Proof("failed", False, difference, bound, effect, compared, says, (says,))
+    how = f"equal to base and adapter within {difference:.3g} (rounding to {dtype} explains up to {bound:.3g})"
+    if effect < MARGIN * bound:
+        says = f"{how}, but the adapter moves these logits by only {effect:.3g}, so the bound would hide a part of it."
+        return Proof("inconclusive", False, difference, bound, effect, compared, says)
+    return Proof("passed", True, difference, bound, effect, compared, f"opened by plain libraries, {how}; the adapter moved them by up to {effect:.3g}.")  # fmt: skip
 
 
 def _moved(after: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> float:

@@ -1,0 +1,196 @@
+"""The verb: what lies at SRC becomes the form asked for at DST, proven."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from luthier.artifacts import identify as artifacts
+from luthier.artifacts import manifest as manifests
+from luthier.artifacts import publish
+from luthier.artifacts.manifest import Manifest
+from luthier.artifacts.tensorfile import DEFAULT_SHARD
+from luthier.checkpoint.retain import newest_whole
+from luthier.errors import RequestError
+from luthier.export import folder as folders
+from luthier.export.merge import merge_folders
+from luthier.export.merge_plan import FLOATS
+from luthier.export.proofs import prove_copy, prove_merge
+from luthier.export.source import Source, open_source
+from luthier.export.stream import Output, write_stream
+
+FORMS = ("merged", "transformers", "adapter")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how plain transformers opens it."""
+
+    path: Path
+    kind: str
+    opens_with: str
+    proof: str | None = None
+
+    def __str__(self) -> str:
+        proof = self.proof or "not proven"
+        return f"{self.path}: {self.kind}; {proof}\nopen it: {self.opens_with}({str(self.path)!r})"
+
+
+def weights_of(text: str | None) -> list[float] | None:
+    """``0.7,0.3`` as numbers.
+
+    Raises:
+        RequestError: it holds something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise RequestError(
+            f"{text!r} are no numbers.", code="form", where="--weights", remedy="Write 0.7,0.3."
+        ) from None
+
+
+def export_folder(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    to: str,
+    base: Path | None = None,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    weights: Sequence[float] | None = None,
+    prove: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Export to ``merged``, ``transformers`` or ``adapter``.
+
+    Args:
+        sources: one artefact; for ``merged`` also several adapters on the same base.
+        base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
+        weights: a factor for each adapter.
+
+    Raises:
+        RequestError: the form is unknown or does not go with what is there, or ``out`` exists.
+        ArtifactError: a source is damaged or does not fit, or the proof failed.
+    """
+    if to not in FORMS:
+        raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
+    inner = [weights_folder(source) for source in sources]
+    shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
+    is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
+    if to != "merged" and len(inner) > 1:
+        raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
+    if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):
+        what = "an adapter" if is_adapter[0] else "a model"
+        fitting = "merged or adapter" if is_adapter[0] else "transformers"
+        raise RequestError(f"{inner[0]} is {what}, which cannot be exported to {to}.", code="form", where="--to", remedy=f"Export it to {fitting}.")  # fmt: skip
+    if weights is not None and len(weights) != len(inner):
+        raise RequestError(f"there are {len(inner)} adapters and {len(weights)} weights.", code="form", where="--weights", remedy="Give one number an adapter.")  # fmt: skip
+    if to == "merged":
+        named, expected = (base, None) if base is not None else base_of(inner[0], sources[0])
+        proof = prove_merge(named, inner[0]) if prove and len(inner) == 1 and weights is None else None
+        merge_folders(
+            named, inner, out, dtype=dtype, weights=weights, shard_bytes=shard_bytes, expected_base=expected,
+            prove=proof, say=say,
+        )  # fmt: skip
+    else:
+        _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter", say=say)
+    opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
+    told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
+    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None)
+
+
+def weights_folder(path: Path) -> Path:
+    """The folder of weights that an artefact means: a run's final one, else its newest whole checkpoint's.
+
+    Raises:
+        RequestError: there is none.
+    """
+    found = artifacts.identify(path)
+    if found.kind == "run":
+        newest = None if (path / "final").is_dir() else newest_whole(path, lambda text: None)
+        if newest is None and not (path / "final").is_dir():
+            raise RequestError("this run has saved nothing yet.", code="nothing-saved", where=str(path), remedy="Train first: luthier resume on this folder.")  # fmt: skip
+        return weights_folder(newest[0].path if newest else path / "final")
+    if found.kind == "checkpoint":
+        manifests.raise_problems(path, found.problems)
+        return path / ("adapter" if (path / "adapter").is_dir() else "model")
+    if found.kind in ("adapter", "base", "merged"):
+        manifests.raise_problems(path, [problem for problem in found.problems if problem.code != "base-missing"])
+        return path
+    raise RequestError(f"this is of kind {found.kind}, which this version cannot export.", code="kind", where=str(path))
+
+
+def base_of(adapter: Path, source: Path) -> tuple[Path, str | None]:
+    """The folder of the base that an adapter names, and the fingerprint it must have where that is known.
+
+    Raises:
+        RequestError: it is not on this machine.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    home = adapter if (adapter / manifests.NAME).is_file() else adapter.parent
+    facts: dict[str, Any] = manifests.read(home).facts if (home / manifests.NAME).is_file() else {}
+    named = artifacts.identify(adapter).base or {}
+    name = str((facts.get("base") or {}).get("name") or named.get("name") or "")
+    expected = (facts.get("base") or {}).get("fingerprint")
+    run = next((p for p in adapter.resolve().parents[:4] if (p / "run.yaml").is_file()), None)
+    if name and Path(name).is_dir():
+        return Path(name), expected
+    if run is not None and (run / "base").is_dir():
+        return run / "base", None
+    cached = try_to_load_from_cache(name, "config.json", revision=named.get("revision")) if name.count("/") == 1 else None  # fmt: skip
+    if isinstance(cached, str):
+        return Path(cached).parent, expected
+    raise RequestError(
+        f"the base this adapter names, {name or 'none'}, is not there.",
+        code="base-missing",
+        where=str(source),
+        remedy="Give its folder with --base.",
+    )
+
+
+def _copy(
+    folder: Path, out: Path, dtype: str | None, shard_bytes: int, prove: bool, *, adapter: bool, say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """A model's or an adapter's folder again: other shards, another dtype, safetensors instead of pickles."""
+    folders.check_target(out, [folder])
+    stem = "adapter_model" if adapter else "model"
+    config = None if adapter else folders.read_config(folder)
+    word = folders.word_of(dtype)
+    home = folder if (folder / manifests.NAME).is_file() else folder.parent
+    told = manifests.read(home) if (home / manifests.NAME).is_file() else None
+    with open_source(folder, stem) as source:
+        outputs = [_as_is(source, name, word) for name in source.specs]
+        small = folders.companions([folder])
+        if config is None:
+            small["adapter_config.json"] = (folder / "adapter_config.json").read_bytes()
+        else:
+            config = folders.changed_config(config, outputs)
+            small["config.json"] = folders.as_json(config)
+        partial = publish.begin(out)
+        try:
+            kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
+            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=1 << 62 if adapter else shard_bytes, say=say)  # fmt: skip
+            proof = prove_copy(folder, word) if prove else None
+            folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, prove=proof)  # fmt: skip
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial)
+
+
+def _as_is(source: Source, name: str, word: str | None) -> Output:
+    spec = source.specs[name]
+    return Output(replace(spec, dtype=word) if word and spec.dtype in FLOATS else spec, source, name)
+
+
+def _facts(told: Manifest | None, folder: Path, kind: str) -> dict[str, Any]:
+    """What the copy says of its origin: a merged model stays one, so its parents stay its parents."""
+    if told is None:
+        return {"parents": [{"kind": kind, "name": str(folder.resolve())}]}
+    parents = told.facts.get("parents", []) if kind == "merged" else [{"kind": kind, "name": str(folder.resolve()), "fingerprint": told.facts.get("fingerprint")}]  # fmt: skip
+    return {"parents": parents, "base": told.facts.get("base"), "step": told.facts.get("step")}

@@ -1,0 +1,105 @@
+"""Merging: a base and its adapters become one transformers folder, in a stream.
+
+``W + s·B·A`` in fp32, rounded once to the target's dtype. The merged folder is another artefact beside the adapter and
+never takes its place; its manifest names the base and the adapters it was made from, by fingerprint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.artifacts import publish
+from luthier.artifacts.tensorfile import DEFAULT_SHARD
+from luthier.errors import ArtifactError
+from luthier.export import folder as folders
+from luthier.export.adapter import Adapter, open_adapters
+from luthier.export.merge_plan import plan_merge
+from luthier.export.source import open_source
+from luthier.export.stream import write_stream
+
+
+def merge_folders(
+    base: Path,
+    adapter: Path | Sequence[Path],
+    out: Path,
+    *,
+    dtype: str | None = None,
+    weights: Sequence[float] | None = None,
+    shard_bytes: int = DEFAULT_SHARD,
+    expected_base: str | None = None,
+    name: str | None = None,
+    prove: Callable[[Path], bytes] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Merge one adapter, or a weighted sum of several, into its base and publish the folder ``out``.
+
+    Args:
+        base: a transformers folder.
+        adapter: a PEFT folder, or several.
+        dtype: bf16, fp16 or fp32; the base's own if None.
+        weights: one factor an adapter; 1 each if None.
+        expected_base: the fingerprint that the base must have; any if None.
+        name: what the parents call the base, where that isn't its path (a hub id).
+        prove: is given the folder before it has its name, returns ``proof.json``, and raises where the proof fails.
+
+    Raises:
+        RequestError: ``out`` exists or lies in a source, the adapter is merged into this base already, or is of a method
+            that cannot be merged.
+        ArtifactError: the adapter does not fit the base, a file is broken, or the proof failed.
+    """
+    several = [adapter] if isinstance(adapter, Path) else list(adapter)
+    folders.check_target(out, [base, *several])
+    config = folders.read_config(base)
+    with open_source(base) as source, open_adapters(several, list(weights or [1.0] * len(several))) as adapters:
+        before = folders.parents_of(base)
+        _refuse_twice(before, adapters, base)
+        plan = plan_merge(source, adapters, folders.word_of(dtype))
+        config = folders.changed_config(config, plan.outputs, untied=plan.untied, vocabulary=plan.vocabulary)
+        small = folders.companions([base, *several]) | {"config.json": folders.as_json(config)}
+        partial = publish.begin(out)
+        try:
+            written = write_stream(
+                partial, plan.outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
+                shard_bytes=shard_bytes, witness=source, say=say,
+            )  # fmt: skip
+            fingerprint = folders.fingerprint_of_base(base, source, written.source_digests)
+            if expected_base and fingerprint and fingerprint != expected_base:
+                raise ArtifactError(
+                    f"the base at {base} is not the one this adapter was trained on: its weights differ.",
+                    code="other-base",
+                    where=str(several[0]),
+                    remedy="Give the right one with --base; giving any base by hand insists on it.",
+                )
+            parent: dict[str, Any] = {"kind": "merged" if before else "base", "name": name or str(base.resolve())}
+            parent |= {"fingerprint": fingerprint} | ({"parents": before} if before else {})
+            facts = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None}
+            folders.publish_folder(partial, out, written.manifest, facts, config=config, prove=prove)
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial)
+    return out
+
+
+def _parent(adapter: Adapter) -> dict[str, Any]:
+    told = {"kind": "adapter", "name": str(adapter.folder.resolve()), "fingerprint": adapter.fingerprint}
+    return told if adapter.weight == 1.0 else {**told, "weight": adapter.weight}
+
+
+def _refuse_twice(parents: list[dict[str, Any]], adapters: Sequence[Adapter], base: Path) -> None:
+    inside = set()
+    left = list(parents)
+    while left:
+        parent = left.pop()
+        inside.add(parent.get("fingerprint"))
+        left += parent.get("parents", [])
+    for adapter in adapters:
+        if adapter.fingerprint in inside:
+            raise ArtifactError(
+                "this adapter is merged into that base already; merging it again would add it twice.",
+                code="merged-already",
+                where=str(base),
+                remedy="Use the folder as it is, or give the base that the adapter was trained on with --base.",
+            )

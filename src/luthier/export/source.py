@@ -1,0 +1,151 @@
+"""Where an export's tensors come from: a folder's files, read by byte range and never as a whole.
+
+A source says which tensors it has and fills memory with any stretch of one. safetensors are read in place; ``.bin``
+files go through torch's restricted unpickler with their storages mapped, not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from luthier.artifacts.files import forget_cached, inside, open_binary
+from luthier.artifacts.tensorfile import BITS, Place, TensorSpec, check_length, read_header, read_into
+from luthier.checkpoint.layout import FROM_FILE, spec_of
+from luthier.checkpoint.shards import Shard
+from luthier.errors import ArtifactError
+
+
+class Source:
+    """The tensors of one folder, in the order of their files."""
+
+    def __init__(self, folder: Path, specs: dict[str, TensorSpec]) -> None:
+        self.folder = folder
+        self.specs = specs
+
+    def place(self, name: str) -> Place | None:
+        """Where a tensor's bytes lie, if they lie in one stretch of a file."""
+        return None
+
+    def read(self, name: str, start: int, target: torch.Tensor) -> None:
+        """Fill the flat tensor ``target``, of the stored dtype, with elements ``[start, start + numel)``."""
+        raise NotImplementedError
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor; for the small ones of an adapter."""
+        spec = self.specs[name]
+        flat = torch.empty(_count(spec), dtype=FROM_FILE[spec.dtype])
+        self.read(name, 0, flat)
+        return flat.reshape(spec.shape)
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class SafetensorsSource(Source):
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self._places: dict[str, tuple[Path, Place]] = {}
+        for path in files:
+            check_length(path)
+            for name, place in read_header(path)[0].items():
+                if name in self._places:
+                    raise ArtifactError(f"tensor {name} is in two files, {self._places[name][0].name} and {path.name}.", code="twice", where=str(folder))  # fmt: skip
+                if place.spec.dtype not in FROM_FILE:
+                    raise ArtifactError(f"{name} has dtype {place.spec.dtype}, which cannot be exported.", code="dtype", where=str(path))  # fmt: skip
+                self._places[name] = (path, place)
+        super().__init__(folder, {name: place.spec for name, (_, place) in self._places.items()})
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def place(self, name: str) -> Place | None:
+        return self._places[name][1]
+
+    def read(self, name: str, start: int, target: torch.Tensor) -> None:
+        path, place = self._places[name]
+        width = BITS[place.spec.dtype] // 8
+        if target.numel():
+            view = bytes_of(target)
+            read_into(self._open(path), view, place.offset + start * width, path)
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = open_binary(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            forget_cached(descriptor)
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+class PickleSource(Source):
+    """``pytorch_model*.bin``: opened by the unpickler that knows tensors only; bytes are read where they are used."""
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        for path in files:
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            strange = sorted(name for name, value in loaded.items() if not isinstance(value, torch.Tensor))
+            if strange:
+                raise ArtifactError(f"{path.name} holds more than tensors ({strange[0]}).", code="not-weights", where=str(path))  # fmt: skip
+            again = sorted(set(loaded) & set(self._tensors))
+            if again:
+                raise ArtifactError(f"tensor {again[0]} is in two files.", code="twice", where=str(folder))
+            self._tensors |= loaded
+        super().__init__(folder, {name: spec_of(name, tensor) for name, tensor in self._tensors.items()})
+
+    def read(self, name: str, start: int, target: torch.Tensor) -> None:
+        target.copy_(self._tensors[name].contiguous().reshape(-1)[start : start + target.numel()])
+
+
+@contextmanager
+def open_source(folder: Path, stem: str = "model") -> Iterator[Source]:
+    """Open the weights of a transformers folder (``model``) or of an adapter's (``adapter_model``).
+
+    Raises:
+        ArtifactError: no weights are there, a shard is missing, or a file is broken.
+    """
+    source = _open(folder, stem)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _open(folder: Path, stem: str) -> Source:
+    files = _files(folder, stem, "safetensors")
+    if files:
+        return SafetensorsSource(folder, files)
+    files = _files(folder, {"model": "pytorch_model"}.get(stem, stem), "bin")
+    if files:
+        return PickleSource(folder, files)
+    raise ArtifactError(f"no {stem}*.safetensors here, and no .bin file of theirs.", code="no-weights", where=str(folder))  # fmt: skip
+
+
+def _files(folder: Path, stem: str, ending: str) -> list[Path]:
+    index = folder / f"{stem}.{ending}.index.json"
+    if not index.is_file():
+        single = folder / f"{stem}.{ending}"
+        return [single] if single.is_file() else []
+    files = [inside(folder, name) for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ArtifactError(f"{', '.join(missing)} is missing, which the index names.", code="file-missing", where=str(folder), remedy="Get the file again.")  # fmt: skip
+    return files
+
+
+def _count(spec: TensorSpec) -> int:
+    return spec.size * 8 // BITS[spec.dtype]
+
+
+def bytes_of(flat: torch.Tensor) -> memoryview:
+    """A flat tensor's bytes, not a copy."""
+    return Shard(flat, 0).bytes

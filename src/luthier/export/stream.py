@@ -1,0 +1,265 @@
+"""The stream: a few threads each take the next stretch of output, read what it is made of, compute, digest and write.
+
+A stretch is what a manifest digests: a tensor, or 64 MiB of one. So memory is a few stretches whatever the model's
+size, every byte passes the processor once, and reading, computing and writing of different stretches overlap (torch,
+BLAKE3 and the system's calls release Python's lock). A further thread flushes what was written while the rest goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.artifacts.files import (  # fmt: skip
+    allocate,
+    flush_file,
+    forget_cached,
+    free_bytes,
+    full_disk_named,
+    open_binary,
+    readable_size,
+    write_at,
+    write_file,
+)
+from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
+from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
+from luthier.checkpoint.layout import FROM_FILE
+from luthier.errors import ArtifactError, RequestError
+from luthier.export.lowrank import BLOCK, Change
+from luthier.export.source import Source, bytes_of
+
+WORKERS = 3
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write: ``name`` of ``source``, changed or not; a dtype in ``spec`` other than the source's casts."""
+
+    spec: TensorSpec
+    source: Source
+    name: str
+    change: Change | None = None
+
+
+@dataclass
+class Written:
+    """What a stream left: digests and places by file, and the digests of source stretches it happened to read whole."""
+
+    manifest: Manifest
+    source_digests: dict[tuple[str, int], Digest] = field(default_factory=dict)
+
+
+def write_stream(
+    target: Path,
+    outputs: Sequence[Output],
+    small: Mapping[str, bytes],
+    *,
+    stem: str,
+    kind: str,
+    metadata: Mapping[str, str],
+    shard_bytes: int = DEFAULT_SHARD,
+    witness: Source | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Written:
+    """Write tensors and small files into the empty folder ``target``; the manifest is returned, not written.
+
+    Args:
+        witness: a source whose own stretches are digested on the way, for its fingerprint.
+
+    Raises:
+        RequestError: there is less room than the files need.
+        LuthierError: the disk is full nevertheless.
+    """
+    files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
+    wholes = {**small, **({f"{stem}.safetensors.index.json": index} if index else {})}
+    check_room(target, sum(file.size for file in files) + sum(len(data) for data in wholes.values()))
+    by_name = {output.spec.name: output for output in outputs}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers are the threads
+    try:
+        with full_disk_named(target):
+            for name, data in wholes.items():
+                write_file(target / name, data)
+            digests, seen = _write_files(target, files, by_name, witness)
+    finally:
+        torch.set_num_threads(threads)
+    sizes = {name: len(data) for name, data in wholes.items()} | {file.name: file.size for file in files}
+    for name, data in wholes.items():
+        digests += [Digest(name, at, length, digest_of(data[at : at + length])) for at, length in stretches(len(data)) if length]  # fmt: skip
+    places = tuple(Place(place.spec, file.name, place.offset) for file in files for place in file.places)
+    digests.sort(key=lambda digest: (digest.file, digest.offset))
+    return Written(Manifest(kind, sizes, tuple(digests), places), seen)
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raises RequestError where less is free than will be written."""
+    free = free_bytes(target)
+    if free < needed:
+        raise RequestError(
+            f"{readable_size(needed)} are needed and {readable_size(free)} are free.",
+            code="no-room",
+            where=str(target.parent),
+            remedy="Make room, or export to another disk.",
+        )
+
+
+def _write_files(
+    target: Path, files: Sequence[FilePlan], outputs: Mapping[str, Output], witness: Source | None
+) -> tuple[list[Digest], dict[tuple[str, int], Digest]]:
+    descriptors: dict[str, int] = {}
+    digests: list[Digest] = []
+    seen: dict[tuple[str, int], Digest] = {}
+    try:
+        for file in files:
+            descriptors[file.name] = open_binary(target / file.name, os.O_RDWR | os.O_CREAT)
+            allocate(descriptors[file.name], file.size)
+            write_at(descriptors[file.name], memoryview(file.header), 0)
+            digests.append(Digest(file.name, 0, len(file.header), digest_of(file.header)))
+        flusher = _Flusher(list(descriptors.values()))
+        worker = _Worker(descriptors, outputs, witness, digests, seen)
+        pieces = [(file, place, *piece) for file in files for place in file.places for piece in _pieces(place)]
+        with ThreadPoolExecutor(WORKERS, "export") as pool, flusher:
+            futures = [pool.submit(worker.write, *piece) for piece in pieces]
+            done, left = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in left:
+                future.cancel()
+            for future in done:
+                future.result()
+        for descriptor in descriptors.values():
+            flush_file(descriptor)
+            forget_cached(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return digests, seen
+
+
+def _pieces(place: Place) -> list[tuple[int, int]]:
+    return [piece for piece in stretches(place.end, [place]) if piece[0] >= place.offset and piece[1]]
+
+
+class _Flusher:
+    """Keeps the device busy while the workers compute, so that the last flush has little left to do."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        self._descriptors = descriptors
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="export-flush", daemon=True)
+
+    def __enter__(self) -> _Flusher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.5):
+            for descriptor in self._descriptors:
+                os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+
+
+class _Worker:
+    """What each thread does with a stretch; its buffers are its own and reused."""
+
+    def __init__(
+        self,
+        descriptors: Mapping[str, int],
+        outputs: Mapping[str, Output],
+        witness: Source | None,
+        digests: list[Digest],
+        seen: dict[tuple[str, int], Digest],
+    ) -> None:
+        self._descriptors = descriptors
+        self._outputs = outputs
+        self._witness = witness
+        self._digests = digests
+        self._seen = seen
+        self._local = threading.local()
+
+    def write(self, file: FilePlan, place: Place, offset: int, length: int) -> None:
+        output = self._outputs[place.spec.name]
+        width = BITS[place.spec.dtype] // 8
+        start = (offset - place.offset) // width
+        dtype = FROM_FILE[place.spec.dtype]
+        out = self._buffer("out", length).view(dtype)
+        original = output.source.specs[output.name]
+        same = original.dtype == place.spec.dtype
+        before = None
+        if output.change is None and same:
+            output.source.read(output.name, start, out)
+        else:
+            before = self._compute(output, original, start, out, digest_before=same)
+        data = bytes_of(out)
+        digest = digest_of(data)
+        write_at(self._descriptors[file.name], data, offset)
+        self._digests.append(Digest(file.name, offset, length, digest))
+        at = output.source.place(output.name)
+        if output.source is self._witness and at is not None and same:
+            begin = at.offset + start * width
+            self._seen[at.file, begin] = Digest(at.file, begin, length, before or digest)
+
+    def _compute(
+        self, output: Output, original: TensorSpec, start: int, out: torch.Tensor, *, digest_before: bool
+    ) -> str | None:
+        """Fill ``out`` with elements from ``start`` on; returns the digest of the same elements before the change."""
+        count, source = out.numel(), FROM_FILE[original.dtype]
+        width = output.change.width if output.change else 1
+        held = original.size * 8 // BITS[original.dtype]
+        begin, end = start // width * width, -(-(start + count) // width) * width
+        if source is out.dtype and (begin, end) == (start, start + count):
+            raw = out
+        else:
+            raw = self._buffer("in", (end - begin) * BITS[original.dtype] // 8).view(source)
+        taken = max(0, min(end, held) - begin)
+        if taken:
+            output.source.read(output.name, begin, raw[:taken])
+        raw[taken:].zero_()  # rows beyond the source's are given by the change
+        before = None
+        if digest_before and output.source is self._witness:
+            before = digest_of(bytes_of(raw[start - begin : start - begin + count]))
+        rows = raw.view(-1, width)
+
+        def read(low: int, high: int) -> torch.Tensor:
+            block = torch.empty((high - low) * width, dtype=source)
+            output.source.read(output.name, low * width, block)
+            return block.view(high - low, width)
+
+        change = output.change.prepare(read, held // width) if output.change else None
+        step = max(1, BLOCK // width)
+        for row in range(0, len(rows), step):
+            block = rows[row : row + step].to(torch.float32, copy=True)
+            if change is not None:
+                change.apply(block, begin // width + row)
+            at = begin + row * width
+            low, high = max(at, start), min(at + block.numel(), start + count)
+            cast = out[low - start : high - start].copy_(block.reshape(-1)[low - at : high - at])
+            if out.dtype is torch.float16 and source is not torch.float16:
+                _check_range(cast, block, output.spec.name)
+        return before
+
+    def _buffer(self, name: str, size: int) -> torch.Tensor:
+        """``size`` bytes of this thread's buffer of that name, which grows and is kept."""
+        held: torch.Tensor | None = getattr(self._local, name, None)
+        if held is None or held.numel() < size:
+            held = torch.empty(size, dtype=torch.uint8)
+            setattr(self._local, name, held)
+        return held[:size]
+
+
+def _check_range(cast: torch.Tensor, block: torch.Tensor, name: str) -> None:
+    if not torch.isfinite(cast).all() and torch.isfinite(block).all():
+        raise ArtifactError(
+            f"{name} has values up to {float(block.abs().max()):.3g}, more than fp16 can hold (65504).",
+            code="out-of-range",
+            where=name,
+            remedy="Export with --dtype bf16 or fp32.",
+        )
