@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -65,7 +64,3 @@ def main(action: str, base: str, run: str, rank: str, size: str, port: str) -> N
         checkpoints.wait()
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sharded_writer
 import torch
 from safetensors.torch import load_file
 from tiny import make_llama, make_qwen3_moe
 from transformers import AutoModelForCausalLM
+from warm import forkserver
 
 from luthier.artifacts.manifest import read, verify
-
-SCRIPT = Path(__file__).with_name("sharded_writer.py")
 
 
 def run_ranks(action: str, base: Path, run: Path, size: int) -> None:
@@ -24,16 +22,16 @@ def run_ranks(action: str, base: Path, run: Path, size: int) -> None:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), action, str(base), str(run), str(rank), str(size), port],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forkserver().Process(target=sharded_writer.main, args=(action, str(base), str(run), str(rank), str(size), port))
         for rank in range(size)
     ]
     for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
+        process.start()
+    for process in ranks:
+        process.join(240)
+        assert process.exitcode == 0, (
+            f"one of {size} processes ended with {process.exitcode}; its error is printed above"
+        )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from luthier.artifacts.tensorfile import read_header
 from luthier.artifacts.verify import verify_all
 from luthier.errors import LuthierError
 
-QUICK = settings(max_examples=250, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
+QUICK = settings(max_examples=80, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
 LONG = settings(QUICK, max_examples=5000)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from luthier.api import load, save
 from luthier.errors import LuthierError
 
-QUICK = settings(max_examples=25, deadline=20_000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
+QUICK = settings(max_examples=12, deadline=20_000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))  # fmt: skip
 LONG = settings(QUICK, max_examples=600)
 IDS = torch.tensor([[3, 9, 27, 81, 243, 100, 5]])
 # What a folder of others holds no second account of: a changed value there is another model, not a damaged one.

@@ -1,24 +1,17 @@
 """The Python in the documents is run as it stands there."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
 from tiny import make_llama
+from warm import run_python
 
 ROOT = Path(__file__).parents[2]
 
 
 def python_blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def run_python(code: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_own_loop_in_the_checkpoints_page_resumes_bit_for_bit(tmp_path):

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pkgutil
 import random
@@ -30,17 +29,11 @@ from unittest import mock
 
 import yaml
 from tiny import make_llama, make_qwen3_moe
+from warm import forkserver
 
 from luthier.artifacts.run_folder import folder_of, published
 
 STEPS = 20
-PRELOADED = (
-    "peft",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-    "luthier.api",
-    "luthier.cli",
-)
 WORDS = [
     "one",
     "two",
@@ -137,7 +130,7 @@ class Running:
     ) -> None:
         self._log = setup.home / f"log-{time.monotonic_ns()}.txt"
         target = functools.partial(_call, setup.home, list(arguments), self._log, proof, death)
-        self.process = _forkserver().Process(target=target)
+        self.process = forkserver().Process(target=target)
         self.process.start()
 
     @property
@@ -196,7 +189,7 @@ def by_command(setup: Setup, *arguments: str) -> Done:
 def in_a_process(home: Path, function: str, *arguments: str) -> None:
     """Call ``module:function`` of a file in ``home`` in a forked process; it must end well."""
     log = home / f"log-{time.monotonic_ns()}.txt"
-    process = _forkserver().Process(target=_call_function, args=(home, function, arguments, log))
+    process = forkserver().Process(target=_call_function, args=(home, function, arguments, log))
     process.start()
     process.join(200)
     if process.is_alive():
@@ -249,12 +242,6 @@ def assert_same_run(run: Path, reference: Path, *, step: int = STEPS) -> None:
 
 
 @functools.cache
-def _forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
-
-
 def _call_function(home: Path, function: str, arguments: Sequence[str], log: Path) -> None:
     _settle(home, log)
     pkgutil.resolve_name(function)(*arguments)

@@ -15,7 +15,7 @@ Opens = TypeVar("Opens", bound=Callable[..., Any])
 
 
 def refused(opens: Opens) -> Opens:
-    """Make of a function that opens a path one that raises only Luthier's errors, memory's and the user's.
+    """Make of a function that opens a path one that raises only Luthier's errors, the device's and the user's.
 
     A config with a wrong value ends in whatever the library's code happens to do with it: a KeyError, a
     ZeroDivisionError. The cause stays attached, and ``--debug`` shows it.
@@ -25,8 +25,15 @@ def refused(opens: Opens) -> Opens:
     def opening(path: str | os.PathLike[str], *arguments: Any, **settings: Any) -> Any:
         try:
             return opens(path, *arguments, **settings)
-        except (LuthierError, MemoryError, torch.OutOfMemoryError):
+        except (LuthierError, torch.OutOfMemoryError):
             raise
+        except MemoryError as error:
+            raise ArtifactError(
+                "cannot be opened: it asks for more memory than there is.",
+                code="unreadable",
+                where=os.fspath(path),
+                remedy="Free memory, or look at the sizes in its config files; `luthier inspect` says how large the model is.",
+            ) from error
         except Exception as error:
             raise ArtifactError(
                 f"cannot be opened: {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
