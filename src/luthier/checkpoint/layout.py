@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from luthier.artifacts.runs import Runs
 from luthier.artifacts.tensorfile import TensorSpec
-from luthier.models import stack
+from luthier.models.adapter_names import is_stacked
 
 TO_FILE = {
     torch.bool: "BOOL",
@@ -104,7 +104,9 @@ def to_files(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, to
     if is_adapter(model):
         from peft import get_peft_model_state_dict
 
-        if stack.is_stacked(model):
+        if is_stacked(model):
+            from luthier.models import stack  # with peft, which a stream without adapters in memory does not need
+
             return stack.to_files(model, tensors)
 
         return get_peft_model_state_dict(
@@ -135,7 +137,11 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
         name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)
     }
     if is_adapter(model):
-        return stack.own(tensors) if stack.is_stacked(model) else tensors
+        if not is_stacked(model):
+            return tensors
+        from luthier.models import stack
+
+        return stack.own(tensors)
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     followers = set(getattr(model, "all_tied_weights_keys", None) or ())
     names: dict[int, list[str]] = {}

@@ -18,7 +18,7 @@ from luthier.artifacts.tensorfile import BITS, Place, read_header, read_into
 from luthier.checkpoint.layout import FROM_FILE, Layout
 from luthier.checkpoint.shards import stretch_of
 from luthier.errors import ArtifactError, RequestError
-from luthier.models import stack
+from luthier.models.adapter_names import is_stacked
 
 
 def places_in(folder: Path, stem: str) -> dict[str, tuple[Path, Place]]:
@@ -123,7 +123,9 @@ def _read_groups(
 ) -> None:
     """Tensors whose conversion is no view: transformers itself opens the folder, and they are copied from there."""
     assert converter is not None
-    if stack.is_stacked(converter):
+    if is_stacked(converter):
+        from luthier.models import stack
+
         stack.read(folder, {name: _local(targets[name], name) for group in layout.groups for name in group}, converter)
         return
     opened = type(converter).from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[attr-defined]

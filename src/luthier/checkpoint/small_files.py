@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from luthier.checkpoint.layout import active_adapter, is_adapter
-from luthier.models import stack
+from luthier.models.adapter_names import is_stacked
 
 
 def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
@@ -36,8 +36,13 @@ def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
 
 
 def _adapter_config(model: Any, folder: Path) -> None:
-    stacked = stack.is_stacked(model)
-    config: Any = stack.joined_config(model) if stacked else copy.deepcopy(model.peft_config[active_adapter(model)])
+    stacked = is_stacked(model)
+    if stacked:
+        from luthier.models.stack import joined_config
+
+        config: Any = joined_config(model)
+    else:
+        config = copy.deepcopy(model.peft_config[active_adapter(model)])
     config.inference_mode = True
     for name, value in list(vars(config).items()):
         if isinstance(value, set):  # its order differs from process to process, and a resumed run's bytes must not

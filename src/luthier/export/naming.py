@@ -13,9 +13,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from luthier.artifacts.fingerprint import remembered
 from luthier.errors import ArtifactError
 
 
@@ -53,6 +55,20 @@ def read_naming(folder: Path) -> Naming:
     Raises:
         ArtifactError: transformers does not know the model; the text carries its error.
     """
+    # A function of the config and of transformers alone, and asking costs another interpreter's imports.
+    told = json.loads(
+        remembered([folder / "config.json"], lambda: _ask(folder), facts=["naming", version("transformers")])
+    )
+    return Naming(
+        {name: None if found is None else [Stretch(*each) for each in found] for name, found in told["stored"].items()},
+        {name: tuple(shape) for name, shape in told["shapes"].items()},
+        told["tied"],
+        told["parameters"],
+        frozenset(told["transposed"]),
+    )
+
+
+def _ask(folder: Path) -> str:
     done = subprocess.run([sys.executable, "-m", "luthier.export.naming", str(folder)], capture_output=True, text=True)
     if done.returncode:
         last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:]
@@ -62,14 +78,7 @@ def read_naming(folder: Path) -> Naming:
             where=str(folder),
             remedy="Merging needs the names of its layers; install the transformers version that knows it.",
         )
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    return Naming(
-        {name: None if found is None else [Stretch(*each) for each in found] for name, found in told["stored"].items()},
-        {name: tuple(shape) for name, shape in told["shapes"].items()},
-        told["tied"],
-        told["parameters"],
-        frozenset(told["transposed"]),
-    )
+    return done.stdout.strip().splitlines()[-1]
 
 
 def _describe(folder: Path) -> dict[str, Any]:

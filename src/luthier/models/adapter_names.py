@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from luthier.errors import RequestError
 
+BELOW, TOP, JOINED = "below", "default", "joined"  # of a stacked pair: see models.stack
 _LEAVES = ("weight", "bias")  # peft takes these for the end of a tensor's name, and then leaves the adapter at random
 
 
@@ -23,3 +26,8 @@ def holdable(name: str) -> str:
     """The name itself, or one like it that peft can hold."""
     plain = name.replace(".", "_")
     return f"{plain or 'the'}_adapter" if plain in ("", *_LEAVES) else plain
+
+
+def is_stacked(model: Any) -> bool:
+    """Whether a live model carries a lower adapter that stays and an upper one that trains."""
+    return {BELOW, TOP} <= set(getattr(model, "peft_config", None) or ())

@@ -24,13 +24,13 @@ from torch import nn
 from luthier.artifacts.names import of_adapter
 from luthier.config.schema import AdapterConfig
 from luthier.errors import ArtifactError, RequestError
+from luthier.models.adapter_names import BELOW, JOINED, TOP, is_stacked
 from luthier.models.adapters import config_for
 from luthier.models.open import Base
 from luthier.models.quiet import no_deprecations
 from luthier.models.saved_adapter import open_adapter
 from luthier.models.targets import shortest
 
-BELOW, TOP, JOINED = "below", "default", "joined"
 WEIGHTS = "adapter_model.safetensors"
 _PLAIN = {  # what a LoRA config may say without being more than two factors and a scale
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -77,11 +77,6 @@ def check(config: Mapping[str, Any], where: str) -> None:
             where=where,
             remedy="Use adapter.then: merge, which takes every adapter.",
         )
-
-
-def is_stacked(model: nn.Module) -> bool:
-    """Whether a live model carries a lower adapter that stays and an upper one that trains."""
-    return {BELOW, TOP} <= set(getattr(model, "peft_config", None) or ())
 
 
 def put_on(base: Base, folder: Path, adapter: AdapterConfig, *, base_name: str, seed: int) -> PeftModel:
