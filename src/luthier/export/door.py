@@ -21,7 +21,7 @@ from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
 from luthier.export.source import Source, open_source
-from luthier.export.stream import Output, write_stream
+from luthier.export.stream import WHOLE, Output, write_stream
 
 FORMS = ("merged", "transformers", "adapter")
 
@@ -175,9 +175,9 @@ def _copy(
         partial = publish.begin(out)
         try:
             kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
-            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=1 << 62 if adapter else shard_bytes, say=say)  # fmt: skip
-            proof = prove_copy(folder, word) if prove else None
-            folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, prove=proof)  # fmt: skip
+            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, say=say)  # fmt: skip
+            late = {"proof.json": prove_copy(folder, word)(partial)} if prove else {}
+            folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
         finally:
             if partial.exists():
                 shutil.rmtree(partial)

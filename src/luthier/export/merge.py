@@ -76,7 +76,8 @@ def merge_folders(
             parent: dict[str, Any] = {"kind": "merged" if before else "base", "name": name or str(base.resolve())}
             parent |= {"fingerprint": fingerprint} | ({"parents": before} if before else {})
             facts = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None}
-            folders.publish_folder(partial, out, written.manifest, facts, config=config, prove=prove)
+            late = {"proof.json": prove(partial)} if prove else {}
+            folders.publish_folder(partial, out, written.manifest, facts, config=config, late=late)
         finally:
             if partial.exists():
                 shutil.rmtree(partial)
