@@ -18,8 +18,8 @@ from luthier.artifacts import names, publish
 from luthier.artifacts.identify import identify
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError, RequestError
+from luthier.export.exported_folder import publish_folder
 from luthier.export.find_weights import Found, find_weights, indexed, weight_files
-from luthier.export.folder import publish_folder
 from luthier.export.mend_check import check_mended
 from luthier.export.rebuild_config import rebuild
 from luthier.export.recover import recover
@@ -267,9 +267,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ArtifactError(f"is no JSON: {error}.", code="unreadable", where=str(path), remedy="Get the file again, or move it away to have it rebuilt.") from None  # fmt: skip
+        raise ArtifactError(f"is no JSON: {error}.", code="broken-json", where=str(path), remedy="Get the file again, or move it away to have it rebuilt.") from None  # fmt: skip
     if not isinstance(content, dict):
-        raise ArtifactError("holds no JSON object.", code="unreadable", where=str(path), remedy="Get the file again.")
+        raise ArtifactError("holds no JSON object.", code="broken-json", where=str(path), remedy="Get the file again.")
     return content
 
 

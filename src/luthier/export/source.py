@@ -17,7 +17,7 @@ import torch
 
 from luthier.artifacts.files import forget_cached, inside, open_binary
 from luthier.artifacts.tensorfile import BITS, Place, TensorSpec, check_length, read_header, read_into
-from luthier.checkpoint.layout import FROM_FILE, TO_FILE, spec_of
+from luthier.checkpoint.dtypes import FROM_FILE, TO_FILE, spec_of
 from luthier.checkpoint.shards import Shard
 from luthier.errors import ArtifactError
 from luthier.models.pickles import read_nested, read_pickle

@@ -30,7 +30,7 @@ from luthier.artifacts.files import (  # fmt: skip
 )
 from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
-from luthier.checkpoint.layout import FROM_FILE
+from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.errors import ArtifactError, LuthierError
 from luthier.export.lowrank import BLOCK, Change
 from luthier.export.source import Source, bytes_of

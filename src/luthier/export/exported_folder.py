@@ -11,8 +11,7 @@ from typing import Any
 from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.files import full_disk_named, write_file
-from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of, stretches
-from luthier.checkpoint.checkpoints import versions
+from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of, stretches, versions
 from luthier.errors import RequestError
 from luthier.export.source import SafetensorsSource, Source
 from luthier.export.stream import Output
@@ -57,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise RequestError(
             "its weights are quantised, and this version exports 16-bit and 32-bit weights only.",
-            code="quantized-base",
+            code="quantised-base",
             where=str(folder),
             remedy="Give the folder of the original weights with --base.",
         )

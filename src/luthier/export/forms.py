@@ -16,7 +16,7 @@ from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
-from luthier.export import folder as folders
+from luthier.export import exported_folder as folders
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
@@ -120,7 +120,9 @@ def weights_folder(path: Path) -> Path:
         manifests.raise_problems(path, found.problems)
         return path / ("adapter" if (path / "adapter").is_dir() else "model")
     if found.kind in ("adapter", "base", "merged"):
-        manifests.raise_problems(path, [problem for problem in found.problems if problem.code != "base-missing"])
+        manifests.raise_problems(
+            path, [problem for problem in found.problems if problem.fault and problem.code != "base-missing"]
+        )
         return path
     raise RequestError(f"this is of kind {found.kind}, which this version cannot export.", code="kind", where=str(path))
 
