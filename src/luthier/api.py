@@ -16,7 +16,7 @@ from luthier.checkpoint.layout import is_adapter
 from luthier.config import chain
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError, RequestError
-from luthier.export.door import Exported, export_folder
+from luthier.export.forms import Exported, export_folder
 from luthier.export.mend import mend
 from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.loading import load
@@ -130,7 +130,7 @@ def export(
     Args:
         src: a run, RUN@best, a checkpoint, an adapter or a model folder; several adapters for a weighted sum.
 
-    Raises: as ``luthier.export.door.export_folder``.
+    Raises: as ``luthier.export.forms.export_folder``.
     """
     sources = [src] if isinstance(src, str | os.PathLike) else list(src)
     paths = [

@@ -321,7 +321,7 @@ def _prove(options: Namespace) -> int:
 def _export(options: Namespace) -> int:
     from pathlib import Path
 
-    from luthier.export.door import export_folder, weights_of
+    from luthier.export.forms import export_folder, weights_of
 
     made = export_folder(
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,

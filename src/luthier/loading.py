@@ -16,7 +16,7 @@ from luthier.config.schema import Precision
 from luthier.errors import RequestError
 from luthier.models import stack
 from luthier.models.adapter_base import adapters_in, base_name, check_base
-from luthier.models.door import Opening, differing_versions, open_door
+from luthier.models.load_base import Opening, differing_versions, load_base
 from luthier.models.refused import refused
 from luthier.models.saved_adapter import open_adapter
 from luthier.training.locate import locate
@@ -89,7 +89,7 @@ def load(
     if target.model is not None and not given:
         if base is not None:
             raise RequestError("this is a model and no adapter, so there is no base to give.", code="not-an-adapter", where=str(path), remedy="Leave `base` out.")  # fmt: skip
-        opened = open_door(target.model, how)
+        opened = load_base(target.model, how)
         return _made_trainable(opened.model, trainable), opened.tokenizer
     if target.model is None:
         under, how = _base_of(target, base, how)
@@ -149,7 +149,7 @@ def _base_of(target: _Target, given: str | os.PathLike[str] | None, how: Opening
 
 def _put_on(under: str, target: _Target, adapters: Mapping[str, Path], trainable: bool, how: Opening, *, insist: bool) -> tuple[Any, Any]:  # fmt: skip
     """Open a base and put adapters onto it, the first of them active."""
-    opened = open_door(under, how)
+    opened = load_base(under, how)
     model: Any = opened.model
     tokenizer = None
     for name, folder in adapters.items():

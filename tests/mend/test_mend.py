@@ -16,8 +16,8 @@ from luthier.artifacts.tensorfile import TensorSpec
 from luthier.artifacts.verify import verify_all
 from luthier.cli import main
 from luthier.export.mend import _publish, _Repair
-from luthier.export.tensor_source import Item
-from luthier.export.tensor_writer import check_room
+from luthier.export.source import Source
+from luthier.export.stream import Output, write_stream
 
 mend = functools.partial(luthier.mend, prove=False)  # the tests open results plainly themselves; one keeps the proof
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -125,8 +125,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, base):
     source = tmp_path / "src"
     source.mkdir()
     torch.save({"model.norm.weight": Evil()}, source / "pytorch_model.bin")
-    with pytest.raises(luthier.ArtifactError, match="never run"):
+    with pytest.raises(luthier.RequestError, match=r"call .*open.* would run code") as refusal:
         mend(source, tmp_path / "out", base=base)
+    assert refusal.value.code == "pickle-code"
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out").exists()
 
 
@@ -221,17 +222,20 @@ def test_command_line_mends_and_says_what_was_done(tmp_path, base, capsys):
 
 
 def test_disk_without_room_is_named_before_anything_is_written(tmp_path, base):
-    items = [Item(TensorSpec("x", "F32", (2**50,)), lambda: torch.empty(0))]
+    spec = TensorSpec("x", "F32", (2**50,))
+    outputs = [Output(spec, Source(tmp_path, {"x": spec}), "x")]
     with pytest.raises(luthier.LuthierError, match="are needed") as refusal:
-        check_room(tmp_path / "out", items, {})
-    assert refusal.value.code == "disk-full"
+        write_stream(tmp_path, outputs, {"config.json": b"{}"}, stem="model", kind="base", metadata={})
+    assert refusal.value.code == "disk-full" and list(tmp_path.iterdir()) == []
 
 
 def test_interrupt_while_writing_leaves_nothing(tmp_path, base):
-    def interrupted():
-        raise KeyboardInterrupt
+    class Interrupted(Source):
+        def read(self, name, start, target):
+            raise KeyboardInterrupt
 
-    repair = _Repair(tmp_path, None, items={"x": Item(TensorSpec("x", "F32", (4,)), interrupted)})
+    spec = TensorSpec("x", "F32", (4,))
+    repair = _Repair(tmp_path, None, items={"x": Output(spec, Interrupted(tmp_path, {"x": spec}), "x")})
     with pytest.raises(KeyboardInterrupt):
         _publish(repair, tmp_path / "out", prove=False)
     assert list(tmp_path.iterdir()) == []

@@ -10,13 +10,13 @@ from typing import Any
 from luthier.artifacts import kinds, problems
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.contents import ADAPTER_CONFIG, CONFIG, Contents, is_cut, look
-from luthier.artifacts.describe import adapter_facts, adapter_of_names, count, precision_of
 from luthier.artifacts.json_file import read_object
 from luthier.artifacts.lineage import Ancestor, lineage
 from luthier.artifacts.manifest import Problem
 from luthier.artifacts.names import is_adapters
 from luthier.artifacts.run_folder import published, stages_of
 from luthier.artifacts.tensorfile import TensorSpec, read_header
+from luthier.artifacts.weight_facts import adapter_facts, adapter_of_names, count, precision_of
 from luthier.config.yaml_text import load as load_yaml
 from luthier.errors import ArtifactError, RequestError
 

@@ -12,6 +12,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,9 @@ def raise_problems(folder: Path, problems: Sequence[Problem]) -> None:
             where=str(folder),
             remedy=problems[0].remedy,
         )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that an artefact was made with."""
+    names = ("luthier", "torch", "transformers", "peft", "tokenizers", "safetensors")
+    return {name: metadata.version(name) for name in names}

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import nn
 
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts import publish
-from luthier.artifacts.manifest import Manifest, Problem
+from luthier.artifacts.manifest import Manifest, Problem, versions
 from luthier.artifacts.run_folder import Found, folder_of, published
 from luthier.checkpoint import training_state
 from luthier.checkpoint.layout import Layout, is_adapter, model_layout, plain_layout, saved_state
@@ -361,12 +360,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"the training state cannot be read: {error}.", code="state", where=str(checkpoint)
         ) from None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that an artefact was made with."""
-    names = ("luthier", "torch", "transformers", "peft", "tokenizers", "safetensors")
-    return {name: metadata.version(name) for name in names}
 
 
 def _weights_name(model: nn.Module) -> tuple[str, str]:

@@ -20,23 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from luthier.artifacts.runs import Runs
 from luthier.artifacts.tensorfile import TensorSpec
+from luthier.checkpoint.dtypes import spec_of
 from luthier.models.adapter_names import is_stacked
-
-TO_FILE = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-FROM_FILE = {name: dtype for dtype, name in TO_FILE.items()}
 
 
 @dataclass(frozen=True)
@@ -61,11 +46,6 @@ class Layout:
         """Names of the tensors in memory that must be at hand to write this layout."""
         direct = (item.source for item in self.stored if item.group is None)
         return sorted({*direct, *(name for group in self.groups for name in group)})
-
-
-def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
-    """A tensor's entry in a file; of a sharded tensor, the whole one's."""
-    return TensorSpec(name, TO_FILE[tensor.dtype], tuple(tensor.shape))
 
 
 def plain_layout(tensors: Mapping[str, torch.Tensor]) -> Layout:

@@ -15,7 +15,8 @@ from torch import nn
 
 from luthier.artifacts.files import open_binary
 from luthier.artifacts.tensorfile import BITS, Place, read_header, read_into
-from luthier.checkpoint.layout import FROM_FILE, Layout
+from luthier.checkpoint.dtypes import FROM_FILE
+from luthier.checkpoint.layout import Layout
 from luthier.checkpoint.shards import stretch_of
 from luthier.errors import ArtifactError, RequestError
 from luthier.models.adapter_names import is_stacked

@@ -29,10 +29,19 @@ def small_files(model: nn.Module, tokenizer: Any | None) -> dict[str, bytes]:
         generation = getattr(base, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        return _content(folder) | (tokenizer_files(tokenizer) if tokenizer is not None else {})
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Render a tokenizer with its template."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        return _content(Path(scratch))
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _adapter_config(model: Any, folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from luthier.artifacts.tensorfile import TensorSpec
-from luthier.checkpoint.layout import FROM_FILE
+from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.errors import ArtifactError, RequestError
 
 MARK = "::"

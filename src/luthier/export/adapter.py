@@ -78,7 +78,7 @@ def open_adapters(folders: list[Path], weights: list[float]) -> Iterator[list[Ad
     """Open adapters for merging.
 
     Raises:
-        RequestError: one is of a method or variant whose formula is not known here.
+        RequestError: a folder is no adapter's, or of a method or variant whose formula is not known here.
         ArtifactError: files are missing or broken.
     """
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def open_adapters(folders: list[Path], weights: list[float]) -> Iterator[list[Ad
 def _read(folder: Path, weight: float, stack: ExitStack) -> Adapter:
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise ArtifactError("there is no adapter_config.json here.", code="not-an-adapter", where=str(folder), remedy="Name an adapter's folder, a checkpoint or a run.")  # fmt: skip
+        raise RequestError("there is no adapter_config.json here.", code="no-adapter", where=str(folder), remedy="Name an adapter's folder, a checkpoint or a run.")  # fmt: skip
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

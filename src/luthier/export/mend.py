@@ -7,22 +7,23 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier.artifacts import fingerprint, names, publish
+from luthier.artifacts import names, publish
 from luthier.artifacts.identify import identify
-from luthier.artifacts.manifest import Manifest
-from luthier.checkpoint.checkpoints import versions
+from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError, RequestError
+from luthier.export.exported_folder import publish_folder
+from luthier.export.find_weights import Found, find_weights, indexed, weight_files
 from luthier.export.mend_check import check_mended
 from luthier.export.rebuild_config import rebuild
 from luthier.export.recover import recover
-from luthier.export.tensor_source import Item, Source, indexed, read_source, weight_files
-from luthier.export.tensor_writer import check_room, write_tensors
+from luthier.export.stream import WHOLE, Output, as_they_are, write_stream
 
 RECORD = "mended.json"
 _COPIED = (".json", ".jinja", ".txt", ".model", ".md", ".py", ".tiktoken")
@@ -55,12 +56,25 @@ class _Repair:
     source: Path
     base: Path | None
     kind: str = "base"
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, Output] = field(default_factory=dict)
     small: dict[str, bytes] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     done: list[dict[str, str]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     table: str = ""
+    open_files: ExitStack = field(default_factory=ExitStack)
+
+    def find(self, path: Path) -> Found:
+        """The weights in a folder or file, open until the mending ends."""
+        found = find_weights(path)
+        self.open_files.callback(found.source.close)
+        return found
+
+    def base_items(self) -> dict[str, Output]:
+        """The base's tensors by the names that transformers writes."""
+        assert self.base is not None
+        items = as_they_are(self.find(self.base).source)
+        return {new: items[old].named(new) for old, new in names.renamed(items, adapter=False, where=str(self.base)).items()}  # fmt: skip
 
     def did(self, code: str, what: str) -> None:
         self.done.append({"code": code, "what": what})
@@ -100,15 +114,17 @@ def mend(
     if target.is_relative_to(source):
         raise RequestError("the copy would lie inside what it is made from, which is never touched.", code="exists", where=str(target), remedy="Give a folder outside.")  # fmt: skip
     repair = _Repair(source, _base_folder(base))
-    read = _read(repair)
-    _tensors(repair, read)
-    _configs(repair, read, alpha, rslora)
-    _small_files(repair)
-    if rank is not None or recover_adapter or (not repair.done and repair.base is not None and repair.kind == "base"):
-        _recover(repair, rank, say)
-    if not repair.done:
-        raise _nothing(repair.source)
-    checked = _publish(repair, target, prove)
+    with repair.open_files:
+        read = _read(repair)
+        _tensors(repair, read)
+        _configs(repair, read, alpha, rslora)
+        _small_files(repair)
+        nothing_else = not repair.done and repair.base is not None and repair.kind == "base"
+        if rank is not None or recover_adapter or nothing_else:
+            _recover(repair, rank, say)
+        if not repair.done:
+            raise _nothing(repair.source)
+        checked = _publish(repair, target, prove)
     return Mended(target, repair.kind, tuple(repair.done), checked, repair.table)
 
 
@@ -129,20 +145,20 @@ def _nothing(source: Path) -> RequestError:
     return RequestError(f"nothing here has a certain remedy. What `luthier inspect` finds: {said}", code="nothing-to-mend", where=str(source))  # fmt: skip
 
 
-def _read(repair: _Repair) -> Source:
+def _read(repair: _Repair) -> Found:
     """The tensors of the folder, or of the newest whole ``checkpoint-N`` below an empty one."""
     folder = repair.source
     if folder.is_file() or weight_files(folder):
-        return read_source(folder)
+        return repair.find(folder)
     numbered = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
     broken = []
     for _, path in sorted(numbered, reverse=True):
         try:
-            read = read_source(path)
+            read = repair.find(path)
         except ArtifactError as error:
             broken.append(f"{path.name} is not whole ({error.message.rstrip('.')})")
             continue
-        if read.items:
+        if read.source.specs:
             passed = f"; passed over: {', '.join(broken)}" if broken else ""
             repair.did("from-checkpoint", f"The folder held no weights; taken from {path.name}, the newest whole one{passed}.")  # fmt: skip
             repair.source = path
@@ -150,9 +166,9 @@ def _read(repair: _Repair) -> Source:
     raise ArtifactError("there are no weights here" + (f": {'; '.join(broken)}" if broken else "") + ".", code="no-weights", where=str(folder), remedy="Give the folder that holds them.")  # fmt: skip
 
 
-def _tensors(repair: _Repair, read: Source) -> None:
+def _tensors(repair: _Repair, read: Found) -> None:
     """Names brought to one form, the adapter split from a whole peft model's tensors, files that open everywhere."""
-    items = read.items
+    items = as_they_are(read.source)
     has_config = repair.source.is_dir() and (repair.source / "adapter_config.json").is_file()
     adapter = has_config or any(names.is_adapters(name) for name in items)
     repair.kind = "adapter" if adapter else "base"
@@ -165,25 +181,24 @@ def _tensors(repair: _Repair, read: Source) -> None:
     if changed:
         repair.did("renamed", f"{len(changed)} names brought to the form that libraries expect: {changed[0][0]} is now {changed[0][1]}.")  # fmt: skip
     repair.items = {new: items[old].named(new) for old, new in renamed.items()}
-    if read.nested is not None:
-        repair.did("unnested", f"The tensors lay under {read.nested!r}.")
+    if read.source.nested is not None:
+        repair.did("unnested", f"The tensors lay under {read.source.nested!r}.")
     if read.pickled:
         repair.did(
             "safetensors", f"{len(read.files)} PyTorch file{'s' * (len(read.files) > 1)} written as safetensors."
         )
     elif read.index is None and len(read.files) > 1:
         repair.did("index", f"The index of {len(read.files)} shards was missing; written anew.")
-    elif read.index is not None and indexed(read.index) != read.file_of:
+    elif read.index is not None and indexed(read.index) != read.source.file_of:
         repair.did("index", "The index named wrong files or left tensors out; written anew.")
     if adapter and repair.base is not None:
         _without_copies(repair)
-    repair.metadata = {**{k: v for k, v in read.metadata.items() if k.startswith("luthier.")}, "format": "pt"}
+    repair.metadata = {**{k: v for k, v in read.source.metadata.items() if k.startswith("luthier.")}, "format": "pt"}
 
 
 def _without_copies(repair: _Repair) -> None:
     """peft writes an adapted embedding's own weight beside its adapter; where it is the base's, the base has it."""
-    assert repair.base is not None
-    base = _base_items(repair.base)
+    base = repair.base_items()
     for name in [name for name in repair.items if ".base_layer." in name]:
         original = base.get(name.removeprefix(names.PEFT).replace(".base_layer.", "."))
         if original is not None and original.spec.shape == repair.items[name].spec.shape and torch.equal(original.load(), repair.items[name].load()):  # fmt: skip
@@ -191,7 +206,7 @@ def _without_copies(repair: _Repair) -> None:
             repair.did("copy", f"{name} is the base's own weight; left to the base.")
 
 
-def _whole_peft(items: Mapping[str, Item]) -> bool:
+def _whole_peft(items: Mapping[str, Output]) -> bool:
     """Whether base weights lie beside the adapter's; an adapter's own file may hold the embeddings under an adapter."""
     embedded = {names.of_adapter(name).name.partition(".lora_embedding_A")[0] for name in items if "lora_embedding_A" in name}  # fmt: skip
     return any(
@@ -202,17 +217,17 @@ def _whole_peft(items: Mapping[str, Item]) -> bool:
     ) or any(".original_module." in name for name in items)
 
 
-def _configs(repair: _Repair, read: Source, alpha: float | None, rslora: bool) -> None:
+def _configs(repair: _Repair, read: Found, alpha: float | None, rslora: bool) -> None:
     name = "adapter_config.json" if repair.kind == "adapter" else "config.json"
     own = repair.source / name if repair.source.is_dir() else repair.source.parent / name
     if own.is_file():
         repair.small[name] = own.read_bytes()
         config = _json(own)
     elif repair.kind == "adapter":
-        shapes = {n: i.spec.shape for n, i in _base_items(repair.base).items()} if repair.base else None
+        shapes = {n: i.spec.shape for n, i in repair.base_items().items()} if repair.base else None
         config = rebuild(
             {n: i.spec for n, i in repair.items.items()}, alpha=alpha, rslora=rslora, where=str(repair.source),
-            base=str(repair.base) if repair.base else read.metadata.get("luthier.base"), base_shapes=shapes,
+            base=str(repair.base) if repair.base else read.source.metadata.get("luthier.base"), base_shapes=shapes,
         )  # fmt: skip
         repair.small[name] = json.dumps(config, indent=2).encode() + b"\n"
         repair.did("adapter-config", f"adapter_config.json rebuilt from names and shapes: {config['peft_type']}, rank {config.get('r', 'none')}, alpha {config.get('lora_alpha', 'none')}.")  # fmt: skip
@@ -229,21 +244,21 @@ def _configs(repair: _Repair, read: Source, alpha: float | None, rslora: bool) -
             config["base_model_name_or_path"] = str(repair.base)
             repair.small[name] = json.dumps(config, indent=2).encode() + b"\n"
     if repair.kind == "base":
-        _untie(repair, config)
+        _untie(repair, read, config)
 
 
-def _untie(repair: _Repair, config: dict[str, Any]) -> None:
+def _untie(repair: _Repair, read: Found, config: dict[str, Any]) -> None:
     """A tied weight goes into files once, under the name transformers reads it by."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if not config.get("tie_word_embeddings") or not any(item.storage for item in repair.items.values()):
+    if not config.get("tie_word_embeddings") or not read.pickled:
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     for copy, original in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if copy in repair.items and original in repair.items:
             one, other = repair.items[copy], repair.items[original]
-            if one.storage == other.storage or torch.equal(one.load(), other.load()):
+            if read.source.same(one.name, other.name) or torch.equal(one.load(), other.load()):
                 del repair.items[copy]
                 repair.did("tied", f"{copy} is {original}, to which config.json ties it; written once.")
 
@@ -252,9 +267,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ArtifactError(f"is no JSON: {error}.", code="unreadable", where=str(path), remedy="Get the file again, or move it away to have it rebuilt.") from None  # fmt: skip
+        raise ArtifactError(f"is no JSON: {error}.", code="broken-json", where=str(path), remedy="Get the file again, or move it away to have it rebuilt.") from None  # fmt: skip
     if not isinstance(content, dict):
-        raise ArtifactError("holds no JSON object.", code="unreadable", where=str(path), remedy="Get the file again.")
+        raise ArtifactError("holds no JSON object.", code="broken-json", where=str(path), remedy="Get the file again.")
     return content
 
 
@@ -302,11 +317,6 @@ def _same_vocabulary(repair: _Repair) -> bool:
     return all(mine.get(key) == other.get(key) for key in ("model", "added_tokens"))
 
 
-def _base_items(base: Path) -> dict[str, Item]:
-    items = read_source(base).items
-    return {new: items[old].named(new) for old, new in names.renamed(items, adapter=False, where=str(base)).items()}
-
-
 def _recover(repair: _Repair, rank: int | None, say: Callable[[str], None]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -314,7 +324,7 @@ def _recover(repair: _Repair, rank: int | None, say: Callable[[str], None]) -> N
         raise RequestError("recovering an adapter takes a merged model, its base, and a rank of 1 or more.", code="cannot-know", where=str(repair.source), remedy="Give: luthier mend MERGED DST --base BASE [--rank R].")  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(repair.base, local_files_only=True))
-    found = recover(_base_items(repair.base), repair.items, model, rank=rank, where=str(repair.source), say=say)
+    found = recover(repair.base_items(), repair.items, model, rank=rank, where=str(repair.source), say=say)
     found.config["base_model_name_or_path"] = str(repair.base)
     repair.kind, repair.items, repair.table = "adapter", found.items, found.table()
     repair.small.pop("config.json", None)
@@ -326,26 +336,22 @@ def _recover(repair: _Repair, rank: int | None, say: Callable[[str], None]) -> N
 
 
 def _publish(repair: _Repair, target: Path, prove: bool) -> str:
-    check_room(target, repair.items.values(), repair.small)
+    adapter = repair.kind == "adapter"
     partial = publish.begin(target)
     try:
-        stem = "adapter_model" if repair.kind == "adapter" else "model"
-        contents = write_tensors(partial, repair.items, stem, repair.metadata)
-        for name, data in repair.small.items():
-            contents.add(partial, name, data)
+        written = write_stream(
+            partial, list(repair.items.values()), repair.small, stem="adapter_model" if adapter else "model",
+            kind=repair.kind, metadata=repair.metadata, shard_bytes=WHOLE if adapter else DEFAULT_SHARD,
+        )  # fmt: skip
         merged = repair.source if "recovered" in repair.facts else None
         checked = check_mended(partial, repair.kind, repair.base, merged, prove=prove)
-        if checked.proof is not None:
-            contents.add(partial, "proof.json", checked.proof.to_bytes())
         facts = {**repair.facts, **checked.facts, "done": repair.done, "checked": checked.says}
-        contents.add(partial, RECORD, json.dumps({"source": str(repair.source), **facts}, indent=1, ensure_ascii=False).encode() + b"\n")  # fmt: skip
+        late = {RECORD: json.dumps({"source": str(repair.source), **facts}, indent=1, ensure_ascii=False).encode() + b"\n"}  # fmt: skip
+        if checked.proof is not None:
+            late["proof.json"] = checked.proof.to_bytes()
         parents = [{"kind": "mended-from", "name": str(repair.source)}, *([{"kind": "base", "name": str(repair.base)}] if repair.base else [])]  # fmt: skip
-        own = fingerprint.of_tensors(contents.places, contents.digests)
-        publish.finish(
-            partial, target,
-            Manifest(repair.kind, contents.files, tuple(contents.digests), tuple(contents.places),
-                     {"mended": facts, "parents": parents, "fingerprint": own, "versions": versions()}),
-        )  # fmt: skip
+        config = None if adapter else json.loads(repair.small["config.json"])
+        publish_folder(partial, target, written.manifest, {"mended": facts, "parents": parents}, config=config, late=late)  # fmt: skip
     finally:
         if partial.exists():
             shutil.rmtree(partial)

@@ -7,14 +7,14 @@ never takes its place; its manifest names the base and the adapters it was made 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier.artifacts import publish
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError
-from luthier.export import folder as folders
+from luthier.export import exported_folder as folders
 from luthier.export.adapter import Adapter, open_adapters
 from luthier.export.merge_plan import plan_merge
 from luthier.export.source import open_source
@@ -31,6 +31,8 @@ def merge_folders(
     shard_bytes: int = DEFAULT_SHARD,
     expected_base: str | None = None,
     name: str | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
+    facts: Mapping[str, Any] | None = None,
     prove: Callable[[Path], bytes] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -43,6 +45,8 @@ def merge_folders(
         weights: one factor an adapter; 1 each if None.
         expected_base: the fingerprint that the base must have; any if None.
         name: what the parents call the base, where that isn't its path (a hub id).
+        tokenizer: the tokenizer's files, where neither the adapter's nor the base's is wanted.
+        facts: what the manifest says in place of what is found, such as ``parents``.
         prove: is given the folder before it has its name, returns ``proof.json``, and raises where the proof fails.
 
     Raises:
@@ -58,7 +62,8 @@ def merge_folders(
         _refuse_twice(before, adapters, base)
         plan = plan_merge(source, adapters, folders.word_of(dtype))
         config = folders.changed_config(config, plan.outputs, untied=plan.untied, vocabulary=plan.vocabulary)
-        small = folders.companions([base, *several]) | {"config.json": folders.as_json(config)}
+        small = folders.companions([base, *several]) if tokenizer is None else folders.companions([base]) | dict(tokenizer)  # fmt: skip
+        small["config.json"] = folders.as_json(config)
         partial = publish.begin(out)
         try:
             written = write_stream(
@@ -75,8 +80,9 @@ def merge_folders(
                 )
             parent: dict[str, Any] = {"kind": "merged" if before else "base", "name": name or str(base.resolve())}
             parent |= {"fingerprint": fingerprint} | ({"parents": before} if before else {})
-            facts = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None}
-            folders.publish_folder(partial, out, written.manifest, facts, config=config, prove=prove)
+            told = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None, **(facts or {})}
+            late = {"proof.json": prove(partial)} if prove else {}
+            folders.publish_folder(partial, out, written.manifest, told, config=config, late=late)
         finally:
             if partial.exists():
                 shutil.rmtree(partial)

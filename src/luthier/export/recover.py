@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from torch import nn
 from luthier.artifacts.names import PEFT
 from luthier.errors import RequestError
 from luthier.export.rebuild_config import common_rank, shortest
-from luthier.export.tensor_source import Item, of_tensor
+from luthier.export.source import MemorySource
+from luthier.export.stream import Output, as_they_are
 
 EXACT = 2048
 OVERSAMPLING = 32
@@ -55,7 +57,7 @@ class Layer:
 class Recovered:
     """The adapter's tensors by peft's names, its config, and what was measured."""
 
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, Output] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
@@ -73,8 +75,8 @@ class Recovered:
 
 
 def recover(
-    base: Mapping[str, Item],
-    merged: Mapping[str, Item],
+    base: Mapping[str, Output],
+    merged: Mapping[str, Output],
     model: nn.Module,
     *,
     rank: int | None,
@@ -118,7 +120,7 @@ def recover(
             raise _cannot(f"{module} differs by rank {layer.rank} of at most {min(delta.shape)}, so it was not changed by a low-rank adapter.", where, "Keep the merged model, or give --rank R for an approximation whose error is written down.")  # fmt: skip
         ranks[module] = layer.rank
         result.layers.append(layer)
-        result.items |= {f"{PEFT}{module}.{part}": of_tensor(f"{PEFT}{module}.{part}", t) for part, t in (("lora_A.weight", a), ("lora_B.weight", b))}  # fmt: skip
+        result.items |= as_they_are(MemorySource(Path(where), {f"{PEFT}{module}.lora_A.weight": a, f"{PEFT}{module}.lora_B.weight": b}))  # fmt: skip
         say(f"{module}: rank {layer.rank}, {layer.relative_error:.1e} of the difference remains")
     _save_whole(result, ranks, base, merged)
     if not result.items:
@@ -132,7 +134,9 @@ def recover(
     return result
 
 
-def _save_whole(result: Recovered, ranks: dict[str, int], base: Mapping[str, Item], merged: Mapping[str, Item]) -> None:
+def _save_whole(
+    result: Recovered, ranks: dict[str, int], base: Mapping[str, Output], merged: Mapping[str, Output]
+) -> None:
     """Modules that differ in what LoRA doesn't carry (norms, embeddings, biases) go into the adapter whole."""
     for module in result.saved:
         if module in ranks:  # a linear layer whose bias differs: one module can't be both
@@ -145,7 +149,7 @@ def _save_whole(result: Recovered, ranks: dict[str, int], base: Mapping[str, Ite
                 result.items[f"{PEFT}{name}"] = merged[name].named(f"{PEFT}{name}")
 
 
-def _check_same(base: Mapping[str, Item], merged: Mapping[str, Item], tied: set[str], where: str) -> None:
+def _check_same(base: Mapping[str, Output], merged: Mapping[str, Output], tied: set[str], where: str) -> None:
     only = sorted((set(base) ^ set(merged)) - tied)
     if only:
         owner = "the base" if only[0] in base else "the merged model"

@@ -1,7 +1,7 @@
 """Where an export's tensors come from: a folder's files, read by byte range and never as a whole.
 
-A source says which tensors it has and fills memory with any stretch of one. safetensors are read in place; ``.bin``
-files go through torch's restricted unpickler with their storages mapped, not read.
+A source says which tensors it has and fills memory with any stretch of one. safetensors are read in place; torch's own
+files are read as data, with their storages mapped where the file's form allows.
 """
 
 from __future__ import annotations
@@ -17,17 +17,27 @@ import torch
 
 from luthier.artifacts.files import forget_cached, inside, open_binary
 from luthier.artifacts.tensorfile import BITS, Place, TensorSpec, check_length, read_header, read_into
-from luthier.checkpoint.layout import FROM_FILE, spec_of
+from luthier.checkpoint.dtypes import FROM_FILE, TO_FILE, spec_of
 from luthier.checkpoint.shards import Shard
 from luthier.errors import ArtifactError
+from luthier.models.pickles import read_nested, read_pickle
 
 
 class Source:
-    """The tensors of one folder, in the order of their files."""
+    """The tensors of one folder, in the order of their files.
+
+    Attributes:
+        file_of: the name of the file that each tensor lies in.
+        metadata: what the files' headers say beside their tensors.
+        nested: the key under which a torch file held its tensors.
+    """
 
     def __init__(self, folder: Path, specs: dict[str, TensorSpec]) -> None:
         self.folder = folder
         self.specs = specs
+        self.file_of: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
+        self.nested: str | None = None
 
     def place(self, name: str) -> Place | None:
         """Where a tensor's bytes lie, if they lie in one stretch of a file."""
@@ -37,8 +47,12 @@ class Source:
         """Fill the flat tensor ``target``, of the stored dtype, with elements ``[start, start + numel)``."""
         raise NotImplementedError
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same bytes in the same place, known without reading them."""
+        return False
+
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor; for the small ones of an adapter."""
+        """A whole tensor in memory."""
         spec = self.specs[name]
         flat = torch.empty(_count(spec), dtype=FROM_FILE[spec.dtype])
         self.read(name, 0, flat)
@@ -51,15 +65,20 @@ class Source:
 class SafetensorsSource(Source):
     def __init__(self, folder: Path, files: list[Path]) -> None:
         self._places: dict[str, tuple[Path, Place]] = {}
+        metadata: dict[str, str] = {}
         for path in files:
             check_length(path)
-            for name, place in read_header(path)[0].items():
+            places, told, _ = read_header(path)
+            metadata |= told
+            for name, place in places.items():
                 if name in self._places:
-                    raise ArtifactError(f"tensor {name} is in two files, {self._places[name][0].name} and {path.name}.", code="twice", where=str(folder))  # fmt: skip
+                    raise _twice(name, self._places[name][0].name, path.name, folder)
                 if place.spec.dtype not in FROM_FILE:
                     raise ArtifactError(f"{name} has dtype {place.spec.dtype}, which cannot be exported.", code="dtype", where=str(path))  # fmt: skip
                 self._places[name] = (path, place)
         super().__init__(folder, {name: place.spec for name, (_, place) in self._places.items()})
+        self.file_of = {name: path.name for name, (path, _) in self._places.items()}
+        self.metadata = metadata
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -86,24 +105,48 @@ class SafetensorsSource(Source):
         self._descriptors.clear()
 
 
-class PickleSource(Source):
-    """``pytorch_model*.bin``: opened by the unpickler that knows tensors only; bytes are read where they are used."""
+class MemorySource(Source):
+    """Tensors at hand."""
 
-    def __init__(self, folder: Path, files: list[Path]) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
-        for path in files:
-            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            strange = sorted(name for name, value in loaded.items() if not isinstance(value, torch.Tensor))
-            if strange:
-                raise ArtifactError(f"{path.name} holds more than tensors ({strange[0]}).", code="not-weights", where=str(path))  # fmt: skip
-            again = sorted(set(loaded) & set(self._tensors))
-            if again:
-                raise ArtifactError(f"tensor {again[0]} is in two files.", code="twice", where=str(folder))
-            self._tensors |= loaded
-        super().__init__(folder, {name: spec_of(name, tensor) for name, tensor in self._tensors.items()})
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        strange = next((name for name, tensor in tensors.items() if tensor.dtype not in TO_FILE), None)
+        if strange is not None:
+            raise ArtifactError(f"{strange} has dtype {tensors[strange].dtype}, which cannot be exported.", code="dtype", where=str(folder))  # fmt: skip
+        super().__init__(folder, {name: spec_of(name, tensor) for name, tensor in tensors.items()})
+        self._tensors = tensors
 
     def read(self, name: str, start: int, target: torch.Tensor) -> None:
         target.copy_(self._tensors[name].contiguous().reshape(-1)[start : start + target.numel()])
+
+    def same(self, one: str, other: str) -> bool:
+        a, b = self._tensors[one], self._tensors[other]
+        return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+
+
+class PickleSource(MemorySource):
+    """torch's own files, read as data: bytes are mapped, and read where they are used.
+
+    With ``nested``, tensors may lie under a key such as ``state_dict``.
+    """
+
+    def __init__(self, folder: Path, files: list[Path], *, nested: bool = False) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        file_of: dict[str, str] = {}
+        nest = None
+        for path in files:
+            found, key = read_nested(path) if nested else (read_pickle(path), None)
+            nest = key or nest
+            again = next((name for name in found if name in tensors), None)
+            if again is not None:
+                raise _twice(again, file_of[again], path.name, folder)
+            tensors |= found
+            file_of |= dict.fromkeys(found, path.name)
+        super().__init__(folder, tensors)
+        self.file_of, self.nested = file_of, nest
+
+
+def _twice(name: str, one: str, other: str, folder: Path) -> ArtifactError:
+    return ArtifactError(f"tensor {name} is in two files, {one} and {other}.", code="twice", where=str(folder), remedy="Move away the files that belong to another save.")  # fmt: skip
 
 
 @contextmanager

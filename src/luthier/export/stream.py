@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from luthier.artifacts.files import (  # fmt: skip
 )
 from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
-from luthier.checkpoint.layout import FROM_FILE
-from luthier.errors import ArtifactError, RequestError
+from luthier.checkpoint.dtypes import FROM_FILE
+from luthier.errors import ArtifactError, LuthierError
 from luthier.export.lowrank import BLOCK, Change
 from luthier.export.source import Source, bytes_of
 
 WORKERS = 3
+WHOLE = 1 << 62  # a shard size for what must stay one file: peft opens no shards
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ class Output:
     source: Source
     name: str
     change: Change | None = None
+
+    def load(self) -> torch.Tensor:
+        """The whole tensor as the source has it."""
+        return self.source.tensor(self.name)
+
+    def named(self, name: str) -> Output:
+        """The same under another name."""
+        return replace(self, spec=replace(self.spec, name=name))
+
+
+def as_they_are(source: Source) -> dict[str, Output]:
+    """Every tensor of a source, unchanged, by name."""
+    return {name: Output(spec, source, name) for name, spec in source.specs.items()}
 
 
 @dataclass
@@ -74,8 +88,7 @@ def write_stream(
         witness: a source whose own stretches are digested on the way, for its fingerprint.
 
     Raises:
-        RequestError: there is less room than the files need.
-        LuthierError: the disk is full nevertheless.
+        LuthierError: there is less room than the files need.
     """
     files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
     wholes = {**small, **({f"{stem}.safetensors.index.json": index} if index else {})}
@@ -99,14 +112,14 @@ def write_stream(
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Raises RequestError where less is free than will be written."""
+    """Raises LuthierError where less is free than will be written."""
     free = free_bytes(target)
     if free < needed:
-        raise RequestError(
+        raise LuthierError(
             f"{readable_size(needed)} are needed and {readable_size(free)} are free.",
-            code="no-room",
+            code="disk-full",
             where=str(target.parent),
-            remedy="Make room, or export to another disk.",
+            remedy="Make room, or give a folder on another disk.",
         )
 
 
@@ -127,9 +140,11 @@ def _write_files(
         pieces = [(file, place, *piece) for file in files for place in file.places for piece in _pieces(place)]
         with ThreadPoolExecutor(WORKERS, "export") as pool, flusher:
             futures = [pool.submit(worker.write, *piece) for piece in pieces]
-            done, left = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in left:
-                future.cancel()
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also where Ctrl-C ends the wait: the pool would write all the rest first
+                for future in futures:
+                    future.cancel()
             for future in done:
                 future.result()
         for descriptor in descriptors.values():

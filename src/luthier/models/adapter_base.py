@@ -12,7 +12,7 @@ from luthier.artifacts import manifest as manifests
 from luthier.artifacts.tensorfile import read_header
 from luthier.errors import ArtifactError, RequestError
 from luthier.models.adapter_names import holdable
-from luthier.models.folder import read_json
+from luthier.models.check_folder import read_json
 from luthier.models.source import BaseSource
 
 _QUANTISED = re.compile(r"(-unsloth)?-bnb-(4|8)bit$", re.IGNORECASE)

@@ -13,7 +13,7 @@ import yaml
 from luthier.artifacts.gguf_header import read_gguf_header
 from luthier.artifacts.tensorfile import read_header
 from luthier.config.schema import ModelConfig
-from luthier.models.folder import read_json, weight_files
+from luthier.models.check_folder import read_json, weight_files
 from luthier.models.source import find_source
 
 _FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}

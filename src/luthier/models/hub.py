@@ -10,7 +10,7 @@ from huggingface_hub import constants, errors
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from luthier.errors import LuthierError, RequestError
-from luthier.models.folder import read_json
+from luthier.models.check_folder import read_json
 from luthier.models.source import BaseSource
 
 _OTHER_WAYS = (

@@ -24,8 +24,8 @@ from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
 from luthier.models import hub
 from luthier.models.base_files import own_state
+from luthier.models.check_folder import check_config, check_folder, read_json
 from luthier.models.coverage import check_coverage
-from luthier.models.folder import check_config, check_folder, read_json
 from luthier.models.gguf import gguf_config, open_gguf
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import DTYPES, resolve_precision
@@ -122,6 +122,15 @@ def open_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def open_vocabulary(model: ModelConfig) -> Vocabulary:
     """Opens a base's tokenizer as `open_tokenizer` does, with what `open_base` needs to know of it."""
     return _vocabulary(model, _find(model, weights=False))
+
+
+def locate_base(model: ModelConfig) -> BaseSource:
+    """Says where a base lies: a folder's weights are checked to be there and whole, none is read.
+
+    Raises:
+        RequestError, ArtifactError: as `open_base`, where no weights have to be read to see it.
+    """
+    return _find(model).source
 
 
 def open_config(model: ModelConfig) -> PreTrainedConfig:

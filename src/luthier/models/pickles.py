@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from luthier.errors import ArtifactError, RequestError
 _GLOBAL = re.compile(r"GLOBAL\s+([A-Za-z_][\w.]*)")  # torch names builtins without their module
 
 _REASON = re.compile(r"WeightsUnpickler error:\s*")
+_NESTS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -23,8 +25,26 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         RequestError: the file wants more than tensors; it names what it wants.
         ArtifactError: the file is cut off, damaged, or holds no tensors by name.
     """
+    return _tensors(_load(path), path)
+
+
+def read_nested(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The same of a file whose tensors lie under a key such as ``state_dict``; that key comes second, None if there is none.
+
+    What lies beside the key is left alone. Raises: as `read_pickle`.
+    """
+    content, nest = _load(path), None
+    while isinstance(content, dict):
+        key = next((key for key in _NESTS if isinstance(content.get(key), dict)), None)
+        if key is None:
+            break
+        nest, content = key, content[key]
+    return _tensors(content, path), nest
+
+
+def _load(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = _GLOBAL.search(str(error))
         if wanted is None:
@@ -37,6 +57,9 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _damaged(path, error) from error
+
+
+def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ArtifactError(
             "holds no plain set of tensors by name.",
@@ -44,7 +67,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             where=str(path),
             remedy="Save the model's or the adapter's state dict alone.",
         )
-    return {str(name): tensor for name, tensor in content.items()}
+    return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:

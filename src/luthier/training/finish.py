@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from luthier.artifacts import manifest as manifests
+from luthier.artifacts.manifest import versions
 from luthier.artifacts.run_folder import Found, folder_of, published
-from luthier.checkpoint.checkpoints import Checkpoints, versions
+from luthier.checkpoint.checkpoints import Checkpoints
 from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import LuthierError

@@ -13,8 +13,9 @@ from torch import nn
 from luthier.artifacts import fingerprint
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.files import readable_size, replace_file
+from luthier.artifacts.manifest import versions
 from luthier.artifacts.run_folder import Found
-from luthier.checkpoint.checkpoints import Checkpoints, read_state, versions
+from luthier.checkpoint.checkpoints import Checkpoints, read_state
 from luthier.config import compare
 from luthier.config.read import read_resolved, write_run
 from luthier.config.schema import ModelConfig, RunConfig
@@ -23,7 +24,15 @@ from luthier.data.prepare import Prepared, prepare, repeats
 from luthier.errors import RequestError
 from luthier.models import adapters, stack
 from luthier.models.memory import recompute
-from luthier.models.open import Base, Vocabulary, open_base, open_config, open_vocabulary
+from luthier.models.open import (  # fmt: skip
+    Base,
+    BaseSource,
+    Vocabulary,
+    locate_base,
+    open_base,
+    open_config,
+    open_vocabulary,
+)
 from luthier.models.saved_adapter import open_adapter
 from luthier.report.metrics import MetricsLog
 from luthier.training import base_folder, numerics, optimizers, schedule
@@ -143,10 +152,14 @@ class Session:
         if origin is None or base_folder.existing(self.run) is not None:
             return
         if origin.then == "merge":
-            base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
-            parents = [{"kind": "base", **self._identity(base)}, origin.parent]
+            model = self._model_config()
+            vocabulary = self._vocabulary or open_vocabulary(model)
+            source = locate_base(model)
+            if not base_folder.is_fetched(source):
+                open_base(model, device=self.device, vocabulary=vocabulary)  # which fetches it
+            parents = [{"kind": "base", **self._identity(source)}, origin.parent]
             self._check_base(parents[0])
-            own = base_folder.write_merged(self.run, base, origin.folder, parents)
+            own = base_folder.write_merged(self.run, model, vocabulary, origin.folder, parents, device=self.device)
             self.notes.append(f"merged {origin.folder} into its base, in fp32 and rounded once: {own}")
         elif origin.own_base is not None:
             base_folder.adopt(self.run, origin.own_base)
@@ -193,7 +206,7 @@ class Session:
         config = self.config
         optimizer = optimizers.build(model, config.optim, adapter=config.adapter is not None)
         environment = numerics.environment(self.device, base.model)
-        identity = self._identity(base)
+        identity = self._identity(base.source)
         if self.origin is not None and self.origin.then != "merge":
             self._check_base(identity)
         checkpoints = Checkpoints(
@@ -228,11 +241,11 @@ class Session:
             {"data": prepared.facts["fingerprint"], "total_steps": total, "environment": environment},
         )  # fmt: skip
 
-    def _identity(self, base: Base) -> dict[str, Any]:
+    def _identity(self, source: BaseSource) -> dict[str, Any]:
         """The base as manifests name it."""
         own = base_folder.existing(self.run)
-        folder = own or base.source.path
-        identity: dict[str, Any] = {"name": str(own) if own else base.source.name, "revision": base.source.revision}
+        folder = own or source.path
+        identity: dict[str, Any] = {"name": str(own) if own else source.name, "revision": source.revision}
         if self.config.adapter is None and self.start:
             return manifests.read(self.start.path).facts["base"]
         is_folder = folder is not None and folder.is_dir()

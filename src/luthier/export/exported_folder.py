@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts.files import write_file
-from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of, stretches
+from luthier.artifacts.files import full_disk_named, write_file
+from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of, stretches, versions
 from luthier.errors import RequestError
 from luthier.export.source import SafetensorsSource, Source
 from luthier.export.stream import Output
@@ -57,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise RequestError(
             "its weights are quantised, and this version exports 16-bit and 32-bit weights only.",
-            code="quantized-base",
+            code="quantised-base",
             where=str(folder),
             remedy="Give the folder of the original weights with --base.",
         )
@@ -145,24 +144,26 @@ def publish_folder(
     facts: Mapping[str, Any],
     *,
     config: Mapping[str, Any] | None,
-    prove: Callable[[Path], bytes] | None,
+    late: Mapping[str, bytes],
 ) -> None:
-    """Prove what was written, complete the manifest, and give the folder its name.
+    """Add what could only be made from what was written, complete the manifest, and give the folder its name.
+
+    Args:
+        late: small files, such as the proof.
 
     Raises:
-        ArtifactError: the proof failed; nothing is published.
+        LuthierError: the disk is full.
     """
     files, digests = dict(manifest.files), list(manifest.digests)
-    if prove is not None:
-        proof = prove(partial)
-        write_file(partial / "proof.json", proof)
-        files["proof.json"] = len(proof)
-        digests.append(Digest("proof.json", 0, len(proof), digest_of(proof)))
+    for name, data in late.items():
+        with full_disk_named(out):
+            write_file(partial / name, data)
+        files[name] = len(data)
+        digests += [Digest(name, at, length, digest_of(data[at : at + length])) for at, length in stretches(len(data))]
     weights = fingerprint.of_tensors(manifest.tensors, manifest.digests)
     own = weights if config is None else fingerprint.combine(weights, config)
     told = {key: value for key, value in facts.items() if value is not None}
-    names = ("luthier", "torch", "transformers", "peft", "tokenizers", "safetensors")
-    told |= {"fingerprint": own, "versions": {name: metadata.version(name) for name in names}}
+    told |= {"fingerprint": own, "versions": versions()}
     publish.finish(partial, out, replace(manifest, files=files, digests=tuple(digests), facts=told))
 
 

@@ -16,12 +16,12 @@ from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
-from luthier.export import folder as folders
+from luthier.export import exported_folder as folders
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
 from luthier.export.source import Source, open_source
-from luthier.export.stream import Output, write_stream
+from luthier.export.stream import WHOLE, Output, write_stream
 
 FORMS = ("merged", "transformers", "adapter")
 
@@ -120,7 +120,9 @@ def weights_folder(path: Path) -> Path:
         manifests.raise_problems(path, found.problems)
         return path / ("adapter" if (path / "adapter").is_dir() else "model")
     if found.kind in ("adapter", "base", "merged"):
-        manifests.raise_problems(path, [problem for problem in found.problems if problem.code != "base-missing"])
+        manifests.raise_problems(
+            path, [problem for problem in found.problems if problem.fault and problem.code != "base-missing"]
+        )
         return path
     raise RequestError(f"this is of kind {found.kind}, which this version cannot export.", code="kind", where=str(path))
 
@@ -175,9 +177,9 @@ def _copy(
         partial = publish.begin(out)
         try:
             kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
-            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=1 << 62 if adapter else shard_bytes, say=say)  # fmt: skip
-            proof = prove_copy(folder, word) if prove else None
-            folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, prove=proof)  # fmt: skip
+            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, say=say)  # fmt: skip
+            late = {"proof.json": prove_copy(folder, word)(partial)} if prove else {}
+            folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
         finally:
             if partial.exists():
                 shutil.rmtree(partial)

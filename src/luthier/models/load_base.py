@@ -10,7 +10,7 @@ from pathlib import Path
 from luthier.artifacts.gguf_header import read_gguf_header
 from luthier.config.schema import ModelConfig, Precision
 from luthier.errors import RequestError
-from luthier.models.folder import pickle_files, read_json, weight_files
+from luthier.models.check_folder import pickle_files, read_json, weight_files
 from luthier.models.open import Base, Vocabulary, open_base
 from luthier.models.precision import resolve_precision
 from luthier.models.room import check_room, free_bytes, parameters_in
@@ -30,7 +30,7 @@ class Opening:
     revision: str | None = None
 
 
-def open_door(name: str, how: Opening) -> Base:
+def load_base(name: str, how: Opening) -> Base:
     """Open a base by folder, file or hub id.
 
     Raises: as ``luthier.models.open.open_base``, and RequestError where it does not fit on the device.
