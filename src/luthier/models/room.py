@@ -29,14 +29,13 @@ def free_bytes(device: str | torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass_on = getattr(os, "sysconf", None)
-    if pass_on is None or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return None
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    table = Path("/proc/meminfo")
+    for line in table.read_text().splitlines() if os.access(table, os.R_OK) else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):  # free pages alone: less than is available, never more
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def check_room(parameters: int, precision: Precision, device: str | torch.device, free: int | None) -> None:
