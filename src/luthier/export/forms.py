@@ -117,12 +117,10 @@ def weights_folder(path: Path) -> Path:
             raise RequestError("this run has saved nothing yet.", code="nothing-saved", where=str(path), remedy="Train first: luthier resume on this folder.")  # fmt: skip
         return weights_folder(newest[0].path if newest else path / "final")
     if found.kind == "checkpoint":
-        manifests.raise_problems(path, found.problems)
+        manifests.raise_problems(path, found.faults)
         return path / ("adapter" if (path / "adapter").is_dir() else "model")
     if found.kind in ("adapter", "base", "merged"):
-        manifests.raise_problems(
-            path, [problem for problem in found.problems if problem.fault and problem.code != "base-missing"]
-        )
+        manifests.raise_problems(path, found.faults)
         return path
     raise RequestError(f"this is of kind {found.kind}, which this version cannot export.", code="kind", where=str(path))
 
