@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +13,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from luthier.artifacts.names import renamed
-from luthier.artifacts.tensorfile import read_header
+from luthier.artifacts.names import PEFT, copies, renamed
+from luthier.artifacts.tensorfile import Place, read_header
 from luthier.errors import ArtifactError
 from luthier.models.adapter_names import check_name
 from luthier.models.coverage import grouped
@@ -43,12 +43,12 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
     """
     check_name(name, str(folder))
     tokenizer = _tokenizer(base, folder)
-    if tokenizer is not None and not isinstance(base.model, PeftModel):
-        grown = len(tokenizer) - base.model.get_input_embeddings().weight.shape[0]
-        if grown > 0:
-            base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = _config(folder)
     with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+        places = read_header(plain / WEIGHTS)[0]
+        _check_whole_modules(config, places, folder)
+        if not isinstance(base.model, PeftModel):
+            _resize(base.model, places, tokenizer)
         model = _attach(base, plain, folder, config, trainable=trainable, name=name)
         _check_coverage(model, plain / WEIGHTS, folder, name)
     if trainable and config.is_prompt_learning:  # peft itself opens these for use only
@@ -70,6 +70,33 @@ def _config(folder: Path) -> PeftConfig:
             where=str(folder / CONFIG),
             remedy="Get the file again, or install a newer peft if its method is a newer one.",
         ) from error
+
+
+def _resize(model: Any, places: Mapping[str, Place], tokenizer: Any) -> None:
+    """Give the base as many rows as the adapter's own embedding or head has, else at least as many as its tokenizer."""
+    held = model.get_input_embeddings().weight.shape[0]
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    own = [places[key].spec.shape for name in names if (key := f"{PEFT}{name}.weight") in places]
+    rows = own[0][0] if own else max(held, len(tokenizer) if tokenizer is not None else 0)
+    if rows != held:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _check_whole_modules(config: PeftConfig, places: Mapping[str, Place], folder: Path) -> None:
+    """peft fails in its own code where a module that was trained whole is not in the file."""
+    lost = [
+        module
+        for module in getattr(config, "modules_to_save", None) or ()
+        if not any(f".{module}." in name for name in places)
+    ]
+    if lost:
+        raise ArtifactError(
+            f"modules_to_save in {CONFIG} names {', '.join(lost)}, and the weights hold none of it.",
+            code="coverage",
+            where=str(folder),
+            remedy="Use another checkpoint, or save the adapter again from the run; without it the base's own would be used.",
+        )
 
 
 def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, trainable: bool, name: str) -> PeftModel:
@@ -110,7 +137,7 @@ def _plain_folder(folder: Path, *, prompts: bool) -> Iterator[Path]:
         )
     if not prompts:
         plain = renamed(tensors, adapter=True, where=str(folder))
-        tensors = {plain[name]: tensor for name, tensor in tensors.items()}
+        tensors = {plain[name]: tensor for name, tensor in tensors.items() if name in plain}
     with TemporaryDirectory(prefix="luthier-") as passing:
         shutil.copyfile(folder / CONFIG, Path(passing) / CONFIG)
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, Path(passing) / WEIGHTS)
@@ -128,12 +155,16 @@ def _check_coverage(model: PeftModel, path: Path, folder: Path, name: str) -> No
     """peft only warns when names don't match, and says nothing of a tensor it did not take over; here both are errors."""
     live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     found = load_file(path)
-    missing, strange = sorted(live.keys() - found.keys()), sorted(found.keys() - live.keys())
+    second = copies(found)
+    frozen = model.state_dict()  # peft writes a resized vocabulary's embedding and head beside the adapter
+    live |= {key: frozen[key] for key in found.keys() - live.keys() - second if key in frozen}
+    missing, strange = sorted(live.keys() - found.keys()), sorted(found.keys() - live.keys() - second)
     lost = sorted(
         key
         for key in live.keys() & found.keys()
         if not torch.equal(live[key].detach().cpu(), found[key].to(live[key].dtype))
     )
+    lost += sorted(key for key in second if (whole := key.replace(".modules_to_save.", ".")) in found and not torch.equal(found[whole], found[key]))  # fmt: skip
     groups = ((missing, "missing"), (strange, "not expected"), (lost, "not taken over"))
     said = [f"{len(keys)} {what}: {grouped(keys)}" for keys, what in groups if keys]
     if said:
