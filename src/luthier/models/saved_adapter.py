@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from luthier.artifacts.names import PEFT, copies, renamed
@@ -48,7 +49,7 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
         places = read_header(plain / WEIGHTS)[0]
         _check_whole_modules(config, places, folder)
         if not isinstance(base.model, PeftModel):
-            _resize(base.model, places, tokenizer)
+            _fit(base, plain / WEIGHTS, config, tokenizer)
         model = _attach(base, plain, folder, config, trainable=trainable, name=name)
         _check_coverage(model, plain / WEIGHTS, folder, name)
     if trainable and config.is_prompt_learning:  # peft itself opens these for use only
@@ -72,15 +73,41 @@ def _config(folder: Path) -> PeftConfig:
         ) from error
 
 
-def _resize(model: Any, places: Mapping[str, Place], tokenizer: Any) -> None:
-    """Give the base as many rows as the adapter's own embedding or head has, else at least as many as its tokenizer."""
+def fit_vocabulary(base: Base, folder: Path) -> None:
+    """Give a base the rows that an adapter was trained with, before it is put on; ``base.differs`` then says so.
+
+    peft writes a resized embedding and head beside the adapter, and plain libraries can't put such an adapter on the base
+    as it was.
+
+    Raises: as `open_adapter`.
+    """
+    config = _config(folder)
+    with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+        _fit(base, plain / WEIGHTS, config, _tokenizer(base, folder))
+
+
+def _fit(base: Base, path: Path, config: PeftConfig, tokenizer: Any) -> None:
+    model: Any = base.model
     held = model.get_input_embeddings().weight.shape[0]
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
-    own = [places[key].spec.shape for name in names if (key := f"{PEFT}{name}.weight") in places]
-    rows = own[0][0] if own else max(held, len(tokenizer) if tokenizer is not None else 0)
-    if rows != held:
+    with safe_open(path, "pt") as file:
+        there = set(file.keys())
+        own = [name for name in names if f"{PEFT}{name}.weight" in there]
+        rows = max(held, len(tokenizer) if tokenizer is not None else 0)
+        if own:
+            rows = file.get_slice(f"{PEFT}{own[0]}.weight").get_shape()[0]
+        if rows == held:
+            return
         model.resize_token_embeddings(rows, mean_resizing=False)
+        base.differs = True
+        whole = set(getattr(config, "modules_to_save", None) or ())
+        for name in own:
+            frozen = f"{PEFT}{name}.original_module.weight"
+            if frozen in there or name.rpartition(".")[2] not in whole:
+                weight = file.get_tensor(frozen if frozen in there else f"{PEFT}{name}.weight")
+                with torch.no_grad():
+                    model.get_submodule(name).weight.copy_(weight)
 
 
 def _check_whole_modules(config: PeftConfig, places: Mapping[str, Place], folder: Path) -> None:
