@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
+from luthier.artifacts.problems import CONVERT
 from luthier.config.read import read_resolved
 from luthier.config.schema import Precision
 from luthier.errors import RequestError
@@ -26,7 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None
 _INSTEAD = {
     "state_dict": "It is a state dict alone: luthier mend makes a folder of it where the model is known, or put the model's config.json beside it.",
-    "distcp": "These are shards of torch.distributed.checkpoint, which have to be converted first.",
+    "distcp": f"These are shards of torch.distributed.checkpoint. {CONVERT}",
     "gguf_adapter": "Give its base as path and this file's PEFT folder as adapter.",
 }
 

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from rows import (
-    ADAPTER, adapted, edit, logits, lora, mended, opens_and_trains, plain, plain_adapter, said, trained, without,
+    ADAPTER,
+    adapted,
+    edit,
+    logits,
+    lora,
+    mended,
+    opens_and_trains,
+    plain,
+    plain_adapter,
+    said,
+    trained,
+    without,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 from tiny import make_gguf, make_llama
@@ -129,7 +140,7 @@ def test_saving_an_adapter_whose_base_grew_is_refused_and_merging_it_works(untie
     again, _ = luthier.load(tmp_path / "a", device="cpu")
     with pytest.raises(luthier.ArtifactError) as refusal:
         luthier.save(again, tmp_path / "again", tokenizer=tokenizer)
-    assert refusal.value.code in {"proof-failed", "does-not-open"}
+    assert refusal.value.code == "does-not-open"
     luthier.export(tmp_path / "a", tmp_path / "merged", to="merged", prove=False)
     assert torch.allclose(logits(plain(tmp_path / "merged")), logits(model), atol=1e-4)
 
@@ -211,6 +222,6 @@ def test_adapter_whose_tensors_were_renamed_for_another_class_is_refused(base, s
     folder, _, _ = saved
     tensors = {name.replace(".model.layers.", ".transformer.layers."): t for name, t in load_file(folder / ADAPTER).items()}  # fmt: skip
     save_file(tensors, folder / ADAPTER)
-    with pytest.raises(luthier.ArtifactError, match="transformer.layers") as refusal:
+    with pytest.raises(luthier.ArtifactError, match=r"transformer\.layers") as refusal:
         luthier.load(folder, device="cpu")
     assert refusal.value.code == "coverage"

@@ -8,7 +8,19 @@ import pytest
 import torch
 from peft import LoraConfig
 from rows import (
-    ADAPTER, IDS, adapted, edit, logits, lora, mended, opens_and_trains, plain, plain_adapter, said, trained, without,
+    ADAPTER,
+    IDS,
+    adapted,
+    edit,
+    logits,
+    lora,
+    mended,
+    opens_and_trains,
+    plain,
+    plain_adapter,
+    said,
+    trained,
+    without,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -78,7 +90,10 @@ def test_model_saved_from_within_a_wrapper_opens_trains_and_is_mended(base, tmp_
 
 @pytest.mark.parametrize(
     ("lost", "codes", "refused"),
-    [("layers.1.self_attn", set(), "coverage"), ("layers.1.self_attn.q_proj.lora_B", {"adapter-pairs"}, "adapter-pairs")],
+    [
+        ("layers.1.self_attn", set(), "coverage"),
+        ("layers.1.self_attn.q_proj.lora_B", {"adapter-pairs"}, "adapter-pairs"),
+    ],
     ids=["a layer", "half a pair"],
 )
 def test_adapter_without_some_of_its_tensors_is_refused_and_names_them(base, tmp_path, lost, codes, refused):
@@ -90,7 +105,7 @@ def test_adapter_without_some_of_its_tensors_is_refused_and_names_them(base, tmp
     save_file(kept, tmp_path / "a" / ADAPTER)
     plain_adapter(base, tmp_path / "a")  # opens, with a layer at its start
     assert said(tmp_path / "a")[1] == codes
-    with pytest.raises(luthier.ArtifactError, match="layers.*self_attn.q_proj") as refusal:
+    with pytest.raises(luthier.ArtifactError, match=r"layers.*self_attn\.q_proj") as refusal:
         luthier.load(tmp_path / "a", device="cpu")
     assert refusal.value.code == refused
     assert "save the adapter again" in str(refusal.value) or "use another checkpoint" in str(refusal.value)

@@ -22,7 +22,7 @@ from luthier.errors import ArtifactError, RequestError
 
 PLAIN_MODEL = "AutoModelForCausalLM.from_pretrained"
 PLAIN_ADAPTER = "PeftModel.from_pretrained, AutoPeftModelForCausalLM.from_pretrained"
-NOT_YET = "nothing directly: luthier export converts it"
+NOT_YET = "nothing directly; torch's own converter first (torch.distributed.checkpoint.format_utils dcp_to_torch)"
 
 
 @dataclass
@@ -295,7 +295,7 @@ def _state_dict(contents: Contents) -> Artifact:
     found = Artifact(contents.path, "state_dict", problems=problems.of_weights(contents, adapter=False))
     dropped = {"no-tokenizer", "no-template", "no-weights"}  # nobody expects them beside a bare state dict
     found.problems = [problem for problem in found.problems if problem.code not in dropped]
-    found.problems.append(Problem("no-model-config", "there are weights here and no config.json, which says what model they are of.", "Copy the base's config.json and tokenizer into the folder, or: luthier export.", fault=False))  # fmt: skip
+    found.problems.append(Problem("no-model-config", "there are weights here and no config.json, which says what model they are of.", f"Copy the base's config.json and tokenizer into the folder, or give the base: {problems.MEND}", fault=False))  # fmt: skip
     specs = [place.spec for _, place in contents.tensors()]
     _measure(found, specs, {})
     found.opens_with = "torch.load(…, weights_only=True)" if contents.pickles else "safetensors.torch.load_file"
@@ -315,7 +315,9 @@ def _trainer_checkpoint(contents: Contents) -> Artifact:
     found.kind = "trainer_checkpoint"
     if sharded and found.parameters is None:
         found.problems = [p for p in found.problems if p.code != "no-weights"]
-        found.problems.append(Problem("sharded-weights", f"the weights lie in {sharded[0]}/ in torch's sharded form, which transformers does not open.", "luthier export converts it."))  # fmt: skip
+        found.problems.append(Problem("sharded-weights", f"the weights lie in {sharded[0]}/ in torch's sharded form, which transformers does not open.", problems.CONVERT))  # fmt: skip
+    elif not adapter and CONFIG not in contents.files:
+        found.problems.append(Problem("no-model-config", "there are weights here and no config.json, which says what model they are of.", f"Give the base they were trained from: {problems.MEND}", fault=False))  # fmt: skip
     state = contents.json("trainer_state.json")
     step = state.get("global_step")
     found.facts |= {"step": step if type(step) is int else None, "weights": str(contents.path)}

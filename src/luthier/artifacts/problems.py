@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.artifacts.contents import ADAPTER_CONFIG, SHARD, Contents, is_cut
-from luthier.artifacts.kinds import has_adapter_weights, has_model_weights
+from luthier.artifacts.kinds import has_adapter_weights, has_model_weights, trainer_checkpoints
 from luthier.artifacts.manifest import Problem
 from luthier.artifacts.names import PEFT, copies, is_adapters, of_adapter, unwrapped
 from luthier.artifacts.templates import LONGEST, check_template
@@ -22,6 +22,10 @@ from luthier.errors import ArtifactError
 
 AGAIN = "Get the file again."
 MEND = "`luthier mend SRC DST` writes a repaired copy."
+CONVERT = (
+    "Where you trust the folder (its .metadata is a pickle): `python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch FOLDER model.pt`, then `luthier mend model.pt DST --base BASE`."
+)
 _ZERO_CHECK = 64 * 2**20  # bytes of lora_B that are read to tell an adapter that never trained
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _EMBEDDINGS = (
@@ -142,6 +146,9 @@ def _of_model(contents: Contents, tensors: Sequence[tuple[str, Place]]) -> Itera
         yield Problem("adapter-in-weights", f"{len(own)} of {len(tensors)} tensors are an adapter's, such as {own[0]}: the state of a whole peft model was saved as a model.", f"transformers would leave them out. {MEND}")  # fmt: skip
     if ADAPTER_CONFIG in contents.files:
         yield Problem("adapter-in-base", "an adapter_config.json lies beside a model; transformers would attach that adapter without a word.", "Move the adapter's files into a folder of their own.")  # fmt: skip
+    earlier = [name for name in trainer_checkpoints(contents) if (contents.path / name / ADAPTER_CONFIG).is_file()]
+    if earlier and ADAPTER_CONFIG not in contents.files:
+        yield Problem("adapter-in-checkpoints", f"this is a whole model, and the adapter that was trained lies in {earlier[-1]}: it was merged before it was saved.", f"To train on, or for the adapter alone, open {contents.path / earlier[-1]}.", fault=False)  # fmt: skip
     yield from _of_tokenizer(contents, tensors)
 
 
@@ -183,11 +190,17 @@ def of_templates(contents: Contents) -> list[Problem]:
     except (OSError, UnicodeDecodeError):
         problems.append(Problem("broken-template", "chat_template.jinja cannot be read as UTF-8.", AGAIN))
     coded = [name for name in ("config.json", "tokenizer_config.json", "processor_config.json") if contents.json(name).get("auto_map")]  # fmt: skip
-    if contents.json(ADAPTER_CONFIG).get("auto_mapping"):
+    if _imports_a_strangers_module(contents.json(ADAPTER_CONFIG).get("auto_mapping")):
         coded.append(ADAPTER_CONFIG)
     if coded:
         problems.append(Problem("brings-code", f"{coded[0]} names Python code to run.", "Luthier runs none of it unless model.trust_remote_code is set; read it before you do.", fault=False))  # fmt: skip
     return problems
+
+
+def _imports_a_strangers_module(mapping: Any) -> bool:
+    """peft names the base's class wherever no task was given; a class of transformers' own is no code of the folder's."""
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    return bool(mapping) and not (isinstance(library, str) and library.startswith("transformers.models."))
 
 
 def _last_token(contents: Contents) -> int | None:

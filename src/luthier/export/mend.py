@@ -304,7 +304,7 @@ def _template(folder: Path) -> str | None:
 
 
 def _has_template(small: Mapping[str, bytes]) -> bool:
-    return "chat_template.jinja" in small or b'"chat_template"' in small.get("tokenizer_config.json", b"")
+    return "chat_template.jinja" in small or bool(json.loads(small.get("tokenizer_config.json", b"{}")).get("chat_template"))  # fmt: skip
 
 
 def _same_vocabulary(repair: _Repair) -> bool:
