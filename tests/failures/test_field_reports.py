@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import as_unsloth, sharded_by_torch, trainer_state
-from peft import PeftConfig, get_peft_model
+from peft import PeftModel, get_peft_model
 from rows import (  # fmt: skip
     ADAPTER,
     adapted,
@@ -61,7 +61,8 @@ def test_run_without_any_setting_for_saving_leaves_an_adapter_in_every_checkpoin
     assert checkpoints
     for folder in (*checkpoints, run / "final"):
         inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
-        opens_and_trains(folder, logits(plain_adapter(home.folder / "base", inner)), trained(adapted(home.folder / "base", PeftConfig.from_pretrained(inner))))  # fmt: skip
+        by_peft = PeftModel.from_pretrained(plain(home.folder / "base"), inner, is_trainable=True)
+        opens_and_trains(folder, logits(by_peft), trained(by_peft))
 
 
 def test_folder_merged_at_the_end_opens_as_a_model_and_names_where_the_adapter_is(merged_at_the_end):
