@@ -114,7 +114,7 @@ def test_torchtunes_adapter_file_alone_is_mended(base, tmp_path):
     assert torch.equal(logits(plain_adapter(base, tmp_path / "out")), wanted)
 
 
-def test_accelerates_whole_state_in_a_checkpoint_is_opened_or_mended(base, tmp_path):
+def test_accelerates_whole_state_in_a_checkpoint_is_refused_and_mended(base, tmp_path):
     """Issue 3, section 1: accelerate with FULL_STATE_DICT: `pytorch_model_fsdp.bin`, and no config."""
     model = plain(base)
     folder = as_accelerate_fsdp(tmp_path / "checkpoint-2", model.state_dict())
