@@ -77,9 +77,11 @@ def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, traina
     try:
         with no_deprecations():
             if isinstance(base.model, PeftModel):
-                base.model.load_adapter(str(plain), name, is_trainable=trains)
+                base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=True)
                 return base.model
-            return PeftModel.from_pretrained(base.model, str(plain), adapter_name=name, is_trainable=trains)
+            return PeftModel.from_pretrained(
+                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=True
+            )
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ArtifactError(
             f"peft cannot put this adapter on {base.source.name}: {' '.join(str(error).split())[:300]}",
@@ -128,12 +130,10 @@ def _check_coverage(model: PeftModel, path: Path, folder: Path, name: str) -> No
     """peft only warns when names don't match, and says nothing of a tensor it did not take over; here both are errors."""
     live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     found = load_file(path)
-    missing, strange = sorted(live.keys() - found.keys()), sorted(found.keys() - live.keys())
-    lost = sorted(
-        key
-        for key in live.keys() & found.keys()
-        if not torch.equal(live[key].detach().cpu(), found[key].to(live[key].dtype))
-    )
+    whole = model.state_dict()
+    missing = sorted(live.keys() - found.keys())
+    strange = sorted(key for key in found.keys() - live.keys() if not _is_held(found[key], whole.get(key)))
+    lost = sorted(key for key in live.keys() & found.keys() if not _is_held(found[key], live[key]))
     groups = ((missing, "missing"), (strange, "not expected"), (lost, "not taken over"))
     said = [f"{len(keys)} {what}: {grouped(keys)}" for keys, what in groups if keys]
     if said:
@@ -143,3 +143,8 @@ def _check_coverage(model: PeftModel, path: Path, folder: Path, name: str) -> No
             where=str(folder),
             remedy="Give the base it was trained on, or save the adapter again from the run.",
         )
+
+
+def _is_held(found: torch.Tensor, live: torch.Tensor | None) -> bool:
+    """Whether a tensor of the file is what the model holds: peft writes an embedding of the base beside an adapter on it."""
+    return live is not None and live.shape == found.shape and torch.equal(live.detach().cpu(), found.to(live.dtype))
