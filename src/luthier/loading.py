@@ -169,6 +169,13 @@ def _put_on(under: str, target: _Target, adapters: Mapping[str, Path], trainable
 
 
 def _made_trainable(model: Any, trainable: bool) -> Any:
+    if trainable and getattr(model, "is_quantized", False):
+        raise RequestError(
+            "quantised weights are codes, which no gradient changes.",
+            code="quantised-base",
+            where="trainable",
+            remedy="Train an adapter on it: luthier.load(path) and peft's get_peft_model, or load an adapter with trainable=True.",
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and parameter.is_floating_point())
     return model.train(trainable)

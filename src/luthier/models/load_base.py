@@ -45,7 +45,7 @@ def load_base(name: str, how: Opening) -> Base:
             check_room(parameters, resolve_precision(model, how.device), how.device, free_bytes(how.device))
         if not any((folder / file).is_file() for file in _TOKENIZERS):
             vocabulary = Vocabulary(None, (), ())
-    base = open_base(model, device=how.device, vocabulary=vocabulary)
+    base = open_base(model, device=how.device, vocabulary=vocabulary, quantised=True)
     for note in base.notes:
         how.tell(note)
     return base
