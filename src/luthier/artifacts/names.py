@@ -65,8 +65,9 @@ def of_adapter(name: str) -> AdapterName:
             parts.pop()  # DoRA's vector is a module in memory and a bare tensor in files
     elif "modules_to_save" in parts:
         at = parts.index("modules_to_save")
-        inner = parts[at + 1] if len(parts) > at + 1 else None
-        del parts[at : at + 2]
+        named = len(parts) > at + 1 and parts[at + 1] not in _LEAVES
+        inner = parts[at + 1] if named else None
+        del parts[at : at + 1 + named]
     plain = ".".join(parts)
     return AdapterName(plain if plain.startswith(_SHARED) else PEFT + plain, inner)
 
@@ -78,15 +79,34 @@ def is_adapters(name: str) -> bool:
     )
 
 
+def copies(names: Iterable[str]) -> set[str]:
+    """Tensors that an adapter's file holds a second time: peft writes a module saved whole so where the vocabulary was resized.
+
+    ``x.lm_head.modules_to_save.weight`` and the frozen ``x.lm_head.original_module.weight`` lie beside ``x.lm_head.weight``.
+    """
+    names = set(names)
+    found = set()
+    for name in names:
+        for part in (".modules_to_save.", ".original_module."):
+            before, _, leaf = name.rpartition(part)
+            if before and leaf in _LEAVES and f"{before}.{leaf}" in names:
+                found.add(name)
+    return found
+
+
 def renamed(names: Iterable[str], *, adapter: bool, where: str) -> dict[str, str]:
-    """Every name with its canonical one.
+    """Every name with its canonical one; an adapter's copies (see `copies`) are left out.
 
     Raises:
         ArtifactError: two tensors would get the same name, so what wrapped them cannot be told.
     """
     result: dict[str, str] = {}
     taken: dict[str, str] = {}
+    names = list(names)
+    second = copies(names) if adapter else set()
     for name in names:
+        if name in second:
+            continue
         plain = of_adapter(name).name if adapter else of_model(name)
         if plain in taken:
             raise ArtifactError(

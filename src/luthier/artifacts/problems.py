@@ -15,7 +15,7 @@ from typing import Any
 from luthier.artifacts.contents import ADAPTER_CONFIG, SHARD, Contents, is_cut
 from luthier.artifacts.kinds import has_adapter_weights, has_model_weights
 from luthier.artifacts.manifest import Problem
-from luthier.artifacts.names import PEFT, is_adapters, of_adapter, unwrapped
+from luthier.artifacts.names import PEFT, copies, is_adapters, of_adapter, unwrapped
 from luthier.artifacts.templates import LONGEST, check_template
 from luthier.artifacts.tensorfile import Place
 from luthier.errors import ArtifactError
@@ -118,7 +118,8 @@ def _of_names(tensors: Sequence[tuple[str, Place]], adapter: bool) -> Iterator[P
     if doubled:
         yield Problem("doubled-prefix", f"{len(doubled)} tensors begin with {PEFT} twice, such as {doubled[0]}: a peft model was wrapped again.", f"luthier.load takes one off. For plain libraries: {MEND}", fault=False)  # fmt: skip
     if adapter:
-        other = [name for name in plain if name not in doubled and is_adapters(name) and of_adapter(name).name != name]
+        known = {*doubled, *copies(plain)}
+        other = [name for name in plain if name not in known and is_adapters(name) and of_adapter(name).name != name]
         if other:
             yield Problem("adapter-names", f"{len(other)} tensors are not named as in peft's files, such as {other[0]}.", f"luthier.load renames them. For plain libraries: {MEND}", fault=False)  # fmt: skip
     empty = [place.spec.name for _, place in tensors if 0 in place.spec.shape]

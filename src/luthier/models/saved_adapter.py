@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from luthier.artifacts.names import renamed
-from luthier.artifacts.tensorfile import read_header
+from luthier.artifacts.names import PEFT, copies, renamed
+from luthier.artifacts.tensorfile import Place, read_header
 from luthier.errors import ArtifactError
 from luthier.models.adapter_names import check_name
 from luthier.models.coverage import grouped
@@ -43,12 +44,12 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
     """
     check_name(name, str(folder))
     tokenizer = _tokenizer(base, folder)
-    if tokenizer is not None and not isinstance(base.model, PeftModel):
-        grown = len(tokenizer) - base.model.get_input_embeddings().weight.shape[0]
-        if grown > 0:
-            base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = _config(folder)
     with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+        places = read_header(plain / WEIGHTS)[0]
+        _check_whole_modules(config, places, folder)
+        if not isinstance(base.model, PeftModel):
+            _fit(base, plain / WEIGHTS, config, tokenizer)
         model = _attach(base, plain, folder, config, trainable=trainable, name=name)
         _check_coverage(model, plain / WEIGHTS, folder, name)
     if trainable and config.is_prompt_learning:  # peft itself opens these for use only
@@ -70,6 +71,59 @@ def _config(folder: Path) -> PeftConfig:
             where=str(folder / CONFIG),
             remedy="Get the file again, or install a newer peft if its method is a newer one.",
         ) from error
+
+
+def fit_vocabulary(base: Base, folder: Path) -> None:
+    """Give a base the rows that an adapter was trained with, before it is put on; ``base.differs`` then says so.
+
+    peft writes a resized embedding and head beside the adapter, and plain libraries can't put such an adapter on the base
+    as it was.
+
+    Raises: as `open_adapter`.
+    """
+    config = _config(folder)
+    with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+        _fit(base, plain / WEIGHTS, config, _tokenizer(base, folder))
+
+
+def _fit(base: Base, path: Path, config: PeftConfig, tokenizer: Any) -> None:
+    model: Any = base.model
+    held = model.get_input_embeddings().weight.shape[0]
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    with safe_open(path, "pt") as file:
+        there = set(file.keys())
+        own = [name for name in names if f"{PEFT}{name}.weight" in there]
+        rows = max(held, len(tokenizer) if tokenizer is not None else 0)
+        if own:
+            rows = file.get_slice(f"{PEFT}{own[0]}.weight").get_shape()[0]
+        if rows == held:
+            return
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        base.differs = True
+        whole = set(getattr(config, "modules_to_save", None) or ())
+        for name in own:
+            frozen = f"{PEFT}{name}.original_module.weight"
+            if frozen in there or name.rpartition(".")[2] not in whole:
+                weight = file.get_tensor(frozen if frozen in there else f"{PEFT}{name}.weight")
+                with torch.no_grad():
+                    model.get_submodule(name).weight.copy_(weight)
+
+
+def _check_whole_modules(config: PeftConfig, places: Mapping[str, Place], folder: Path) -> None:
+    """peft fails in its own code where a module that was trained whole is not in the file."""
+    lost = [
+        module
+        for module in getattr(config, "modules_to_save", None) or ()
+        if not any(f".{module}." in name for name in places)
+    ]
+    if lost:
+        raise ArtifactError(
+            f"modules_to_save in {CONFIG} names {', '.join(lost)}, and the weights hold none of it.",
+            code="coverage",
+            where=str(folder),
+            remedy="Use another checkpoint, or save the adapter again from the run; without it the base's own would be used.",
+        )
 
 
 def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, trainable: bool, name: str) -> PeftModel:
@@ -112,7 +166,7 @@ def _plain_folder(folder: Path, *, prompts: bool) -> Iterator[Path]:
         )
     if not prompts:
         plain = renamed(tensors, adapter=True, where=str(folder))
-        tensors = {plain[name]: tensor for name, tensor in tensors.items()}
+        tensors = {plain[name]: tensor for name, tensor in tensors.items() if name in plain}
     with TemporaryDirectory(prefix="luthier-") as passing:
         shutil.copyfile(folder / CONFIG, Path(passing) / CONFIG)
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, Path(passing) / WEIGHTS)
@@ -130,10 +184,16 @@ def _check_coverage(model: PeftModel, path: Path, folder: Path, name: str) -> No
     """peft only warns when names don't match, and says nothing of a tensor it did not take over; here both are errors."""
     live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     found = load_file(path)
-    whole = model.state_dict()
-    missing = sorted(live.keys() - found.keys())
-    strange = sorted(key for key in found.keys() - live.keys() if not _is_held(found[key], whole.get(key)))
-    lost = sorted(key for key in live.keys() & found.keys() if not _is_held(found[key], live[key]))
+    second = copies(found)
+    frozen = model.state_dict()  # peft writes a resized vocabulary's embedding and head beside the adapter
+    live |= {key: frozen[key] for key in found.keys() - live.keys() - second if key in frozen}
+    missing, strange = sorted(live.keys() - found.keys()), sorted(found.keys() - live.keys() - second)
+    lost = sorted(
+        key
+        for key in live.keys() & found.keys()
+        if not torch.equal(live[key].detach().cpu(), found[key].to(live[key].dtype))
+    )
+    lost += sorted(key for key in second if (whole := key.replace(".modules_to_save.", ".")) in found and not torch.equal(found[whole], found[key]))  # fmt: skip
     groups = ((missing, "missing"), (strange, "not expected"), (lost, "not taken over"))
     said = [f"{len(keys)} {what}: {grouped(keys)}" for keys, what in groups if keys]
     if said:
@@ -143,8 +203,3 @@ def _check_coverage(model: PeftModel, path: Path, folder: Path, name: str) -> No
             where=str(folder),
             remedy="Give the base it was trained on, or save the adapter again from the run.",
         )
-
-
-def _is_held(found: torch.Tensor, live: torch.Tensor | None) -> bool:
-    """Whether a tensor of the file is what the model holds: peft writes an embedding of the base beside an adapter on it."""
-    return live is not None and live.shape == found.shape and torch.equal(live.detach().cpu(), found.to(live.dtype))

@@ -33,7 +33,7 @@ from luthier.models.open import (  # fmt: skip
     open_config,
     open_vocabulary,
 )
-from luthier.models.saved_adapter import open_adapter
+from luthier.models.saved_adapter import fit_vocabulary, open_adapter
 from luthier.report.metrics import MetricsLog
 from luthier.training import base_folder, numerics, optimizers, schedule
 from luthier.training.events import Events
@@ -124,6 +124,8 @@ class Session:
         self._make_base()
         base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
         own = base_folder.existing(self.run)
+        if own is None and self.origin is not None:
+            fit_vocabulary(base, self.origin.folder)
         if own is not None and self.config.adapter is not None:
             base.new_token_ids = tuple(manifests.read(own).facts["new_token_ids"])
         elif base.differs and self.config.adapter is not None:
