@@ -326,7 +326,7 @@ def _export(options: Namespace) -> int:
     made = export_folder(
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
         base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
-        weights=weights_of(options.weights), prove=not options.no_proof, say=_say_progress,
+        weights=weights_of(options.weights), prove=not options.no_proof,
     )  # fmt: skip
     print(made)
     return 0

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from luthier.artifacts import identify as artifacts
@@ -17,6 +18,7 @@ from luthier.config.schema import Precision
 from luthier.errors import RequestError
 from luthier.models import stack
 from luthier.models.adapter_base import adapters_in, base_name, check_base
+from luthier.models.gguf_adapter import as_peft_folder, is_gguf_adapter
 from luthier.models.load_base import Opening, differing_versions, load_base
 from luthier.models.refused import refused
 from luthier.models.saved_adapter import open_adapter
@@ -28,7 +30,7 @@ Adapters = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None
 _INSTEAD = {
     "state_dict": "It is a state dict alone: luthier mend makes a folder of it where the model is known, or put the model's config.json beside it.",
     "distcp": f"These are shards of torch.distributed.checkpoint. {CONVERT}",
-    "gguf_adapter": "Give its base as path and this file's PEFT folder as adapter.",
+    "gguf_adapter": "It is an adapter: give its base as path and this file as adapter.",
 }
 
 
@@ -154,6 +156,12 @@ def _put_on(under: str, target: _Target, adapters: Mapping[str, Path], trainable
     model: Any = opened.model
     tokenizer = None
     for name, folder in adapters.items():
+        if is_gguf_adapter(folder):
+            with TemporaryDirectory(prefix="luthier-") as passing:
+                converted = as_peft_folder(folder, _plain_config(opened.model), Path(passing))
+                model, own = open_adapter(opened, converted, trainable=trainable, name=name)
+            opened.model, tokenizer = model, tokenizer or own
+            continue
         if not (folder / ADAPTER_CONFIG).is_file():
             raise RequestError("no adapter lies here.", code="no-adapter", where=str(folder), remedy="Give a folder with adapter_config.json.")  # fmt: skip
         home = target.home if target.home is not None and name in target.adapters else folder
@@ -169,7 +177,18 @@ def _put_on(under: str, target: _Target, adapters: Mapping[str, Path], trainable
     return model, tokenizer
 
 
+def _plain_config(model: Any) -> Any:
+    return model.get_base_model().config if hasattr(model, "get_base_model") else model.config
+
+
 def _made_trainable(model: Any, trainable: bool) -> Any:
+    if trainable and getattr(model, "is_quantized", False):
+        raise RequestError(
+            "quantised weights are codes, which no gradient changes.",
+            code="quantised-base",
+            where="trainable",
+            remedy="Train an adapter on it: luthier.load(path) and peft's get_peft_model, or load an adapter with trainable=True.",
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(trainable and parameter.is_floating_point())
     return model.train(trainable)

@@ -88,14 +88,24 @@ def test_adapter_opens_in_any_form_and_trains(base, tmp_path, form):
         PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
         LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4], init_lora_weights=False),
+        LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+        LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, bias="lora_only", init_lora_weights=False),
     ],
-    ids=["ia3", "prompt", "modules_to_save", "token_rows"],
+    ids=["ia3", "prompt", "modules_to_save", "token_rows", "embeddings", "dora"],
 )
 def test_methods_open_and_train(base, tmp_path, config):
     expected = adapter_on(base, tmp_path / "a", config)
     model, _ = luthier.load(tmp_path / "a", device="cpu", trainable=True)
     assert torch.equal(logits(model), expected)
     assert luthier.describe(model).trainable > 0
+
+
+def test_rank_in_the_config_that_is_not_the_files_allocates_nothing_and_is_refused(base, tmp_path):
+    adapter_on(base, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 4000000000'))
+    with pytest.raises(luthier.ArtifactError):
+        luthier.load(tmp_path / "a", device="cpu")
 
 
 def test_several_adapters_open_combine_and_save_alone(base, tmp_path):

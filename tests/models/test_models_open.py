@@ -12,9 +12,9 @@ from tiny import CHATML, make_llama, make_qwen3_moe, make_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from luthier.artifacts.identify import identify
 from luthier.config.schema import ModelConfig
 from luthier.errors import ArtifactError, RequestError
-from luthier.models.facts import base_facts
 from luthier.models.open import open_base, open_tokenizer
 from luthier.models.precision import resolve_precision
 
@@ -276,10 +276,8 @@ def test_new_tokens_use_spare_rows_first(tmp_path):
 
 def test_facts_come_from_headers(tmp_path):
     folder = make_qwen3_moe(tmp_path / "m", dtype=torch.bfloat16, shard="40KB")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# M\n")
-    facts = base_facts(folder)
+    found = identify(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert facts.parameters == sum(weight.numel() for weight in model.parameters())
-    assert (facts.architecture, facts.model_type, facts.dtype) == ("Qwen3MoeForCausalLM", "qwen3_moe", "bf16")
-    assert (facts.vocabulary, facts.layers, facts.max_positions, facts.tied) == (320, 2, 256, False)
-    assert facts.has_tokenizer and facts.has_template and facts.licence == "apache-2.0"
+    assert found.parameters == sum(weight.numel() for weight in model.parameters())
+    assert (found.facts["architecture"], found.precision) == ("Qwen3MoeForCausalLM", "bf16")
+    assert found.facts["has_tokenizer"] and found.problems == []

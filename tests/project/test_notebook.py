@@ -28,7 +28,7 @@ def test_every_cell_of_the_notebook_runs(tmp_path):
     assert "`optim.lr: 0.0001`" in outputs[1]
     assert "passed" in outputs[3]
     assert "LoRA" in outputs[2]
-    assert "adapters: default (lora)" in outputs[4]
+    assert "adapters: default (lora r=8)" in outputs[4]
     assert (tmp_path / "runs/notebook/final/proof.json").is_file()
 
 

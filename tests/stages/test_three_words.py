@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from stages_harness import Home, logits
 from tiny import make_llama, make_qwen3_moe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier
+from luthier.artifacts import fingerprint
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.run_folder import folder_of
 from luthier.models import stack
+from luthier.training import base_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -117,8 +119,33 @@ def test_merge_writes_the_sum_as_the_runs_own_base(home):
     assert json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         run / "base"
     )
-    assert [p["kind"] for p in manifests.read(run / "base").facts["parents"]] == ["base", "adapter"]
-    assert [p["kind"] for p in facts(run)["parents"]] == ["base", "adapter"]
+    told = manifests.read(run / "base")
+    assert (
+        [p["kind"] for p in told.facts["parents"]] == [p["kind"] for p in facts(run)["parents"]] == ["base", "adapter"]
+    )
+    assert told.kind == "merged" and told.facts["new_token_ids"] == []
+    assert told.facts["fingerprint"] == fingerprint.of_folder(run / "base")
+    assert told.facts["parents"][0]["fingerprint"] == fingerprint.of_folder(home.folder / "base")
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (run / "base", home.folder / "base"))
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
+
+
+def test_only_what_the_stream_has_no_formula_for_is_merged_by_peft(home, tmp_path, monkeypatch):
+    opened = []
+    in_memory = base_folder._merge_in_memory
+    monkeypatch.setattr(base_folder, "_merge_in_memory", lambda *given: (opened.append(given[0].parent.name), in_memory(*given)))  # fmt: skip
+    lora, ia3 = foreign(home, tmp_path / "lora"), tmp_path / "ia3"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(home.folder / "base"), IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]))  # fmt: skip
+    for name, weight in model.named_parameters():
+        if "ia3" in name:
+            torch.nn.init.normal_(weight, 1.0, 0.1)
+    model.save_pretrained(ia3)
+    for folder in (lora, ia3):
+        run = home.stage(f"by-{folder.name}", str(folder), "merge", adapter={"r": 2}, **still())
+        assert (logits(run / "base") - logits(folder)).abs().max() < 2e-5
+        told = manifests.read(run / "base")
+        assert told.kind == "merged" and told.facts["new_token_ids"] == []
+    assert opened == ["by-ia3"]
 
 
 @pytest.mark.slow

@@ -72,9 +72,9 @@ def demo_config(model: Path, output: Path, say: Say) -> dict[str, Any]:
         },
         "adapter": {"type": "lora", "r": 8, "target": "all-linear"},
         "optim": {"lr": 2e-3, "warmup": 0.1},
-        "train": {"steps": 60, "batch_samples": 2, "max_length": 512},
+        "train": {"steps": 80, "batch_samples": 2, "max_length": 512},
         "evaluate": {"generate": HELD_OUT, "max_new_tokens": LONGEST_ANSWER, "metrics": ["json"]},
-        "checkpoint": {"every": 30, "keep": 2},
+        "checkpoint": {"every": 40, "keep": 2},
         "output": str(output),
     }
 
@@ -116,7 +116,7 @@ def next_commands(run: Path, final: Path) -> list[str]:
     commands = [
         [program, "chat", str(final), "--system", SYSTEM, "--prompt", TRY],
         [program, "inspect", str(final)],
-        [program, "train", str(run / "run.yaml"), "train.steps=120", f"output={longer}"],
+        [program, "train", str(run / "run.yaml"), "train.steps=160", f"output={longer}"],
     ]
     return [shlex.join(command) for command in commands]
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from luthier.artifacts import fingerprint, names
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts.manifest import digest_file, stretches
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.source import SafetensorsSource, Source, open_source
@@ -139,10 +138,4 @@ def _fingerprint(folder: Path, source: Source) -> str:
             return str(told)
     if not isinstance(source, SafetensorsSource):
         return fingerprint.of_file(folder / "adapter_model.bin")
-    places = [place for name in source.specs if (place := source.place(name))]
-    digests = [
-        digest
-        for place in places
-        for digest in digest_file(folder / place.file, place.file, [s for s in stretches(place.end, [place]) if s[0] >= place.offset])
-    ]  # fmt: skip
-    return fingerprint.of_tensors(places, digests)
+    return fingerprint.of_weights([folder / file for file in sorted(set(source.file_of.values()))])

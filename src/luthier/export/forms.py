@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,6 @@ def export_folder(
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
     prove: bool = True,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Export to ``merged``, ``transformers`` or ``adapter``.
 
@@ -95,10 +94,10 @@ def export_folder(
         proof = prove_merge(named, inner[0]) if prove and len(inner) == 1 and weights is None else None
         merge_folders(
             named, inner, out, dtype=dtype, weights=weights, shard_bytes=shard_bytes, expected_base=expected,
-            prove=proof, say=say,
+            prove=proof,
         )  # fmt: skip
     else:
-        _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter", say=say)
+        _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
     told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
     return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None)
@@ -155,7 +154,7 @@ def base_of(adapter: Path, source: Path) -> tuple[Path, str | None]:
 
 
 def _copy(
-    folder: Path, out: Path, dtype: str | None, shard_bytes: int, prove: bool, *, adapter: bool, say: Callable[[str], None]
+    folder: Path, out: Path, dtype: str | None, shard_bytes: int, prove: bool, *, adapter: bool
 ) -> None:  # fmt: skip
     """A model's or an adapter's folder again: other shards, another dtype, safetensors instead of pickles."""
     folders.check_target(out, [folder])
@@ -175,7 +174,7 @@ def _copy(
         partial = publish.begin(out)
         try:
             kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
-            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, say=say)  # fmt: skip
+            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes)  # fmt: skip
             late = {"proof.json": prove_copy(folder, word)(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
         finally:

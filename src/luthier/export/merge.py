@@ -34,7 +34,6 @@ def merge_folders(
     tokenizer: Mapping[str, bytes] | None = None,
     facts: Mapping[str, Any] | None = None,
     prove: Callable[[Path], bytes] | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Merge one adapter, or a weighted sum of several, into its base and publish the folder ``out``.
 
@@ -68,7 +67,7 @@ def merge_folders(
         try:
             written = write_stream(
                 partial, plan.outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
-                shard_bytes=shard_bytes, witness=source, say=say,
+                shard_bytes=shard_bytes, witness=source,
             )  # fmt: skip
             fingerprint = folders.fingerprint_of_base(base, source, written.source_digests)
             if expected_base and fingerprint and fingerprint != expected_base:

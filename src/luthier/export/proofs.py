@@ -26,7 +26,7 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
 
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
-            return _not_opened(folder)
+            return _not_opened()
         dtype = _main_dtype(folder)
         probe = _probe(folder, "float32")
         found = plain_answers(folder, probe, tokenizer=False)
@@ -41,7 +41,7 @@ def prove_copy(source: Path, word: str | None) -> Callable[[Path], bytes]:
 
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
-            return _not_opened(folder)
+            return _not_opened()
         names = {"BF16": "bfloat16", "F16": "float16"}
         probe = _probe(source, names.get(word or _main_dtype(folder), "float32"))
         asked = (source / "tokenizer_config.json").is_file()
@@ -106,6 +106,6 @@ def _fits(folder: Path) -> bool:
     return elements * 4 * 2 < free
 
 
-def _not_opened(folder: Path) -> bytes:
+def _not_opened() -> bytes:
     says = "the model does not fit into this machine's memory, so it was not opened; its bytes are digested in luthier.json."
     return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says).to_bytes()

@@ -113,7 +113,7 @@ def recover(
                 result.saved.append(module)
             continue
         delta = after.float() - before.float()
-        layer, a, b = _decompose(module, delta, before, after, rank)
+        layer, a, b = _decompose(module, delta, after, rank)
         if layer.rank == 0:
             continue  # what differs is no more than rounding
         if rank is None and layer.rank * 2 > min(delta.shape):
@@ -167,7 +167,7 @@ def _cannot(why: str, where: str, remedy: str = "Keep the merged model: it is wh
 
 
 def _decompose(
-    module: str, delta: torch.Tensor, before: torch.Tensor, after: torch.Tensor, rank: int | None
+    module: str, delta: torch.Tensor, after: torch.Tensor, rank: int | None
 ) -> tuple[Layer, torch.Tensor, torch.Tensor]:
     floor = noise_floor(delta, after)
     left, values, right, method = _svd(delta, floor, rank)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +80,6 @@ def write_stream(
     metadata: Mapping[str, str],
     shard_bytes: int = DEFAULT_SHARD,
     witness: Source | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Written:
     """Write tensors and small files into the empty folder ``target``; the manifest is returned, not written.
 

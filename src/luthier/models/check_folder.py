@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_config(config: dict[str, Any], name: str, *, trust_remote_code: bool) -> None:
+def check_config(config: dict[str, Any], name: str, *, trust_remote_code: bool, quantised: bool = False) -> None:
     """Raises RequestError for a model that needs code of its own, is quantised, or is no causal language model.
+
+    With `quantised`, weights that bitsandbytes quantised are let through where that is installed.
 
     Code that a folder brings along is of no concern where transformers has the architecture itself: its own is used.
     """
@@ -75,6 +78,15 @@ def check_config(config: dict[str, Any], name: str, *, trust_remote_code: bool) 
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
+        if quantised and method == "bitsandbytes":
+            if importlib.util.find_spec("bitsandbytes") is not None:
+                return
+            raise RequestError(
+                f"{name} was quantised by bitsandbytes, which is not installed.",
+                code="missing-package",
+                where="model.path",
+                remedy="pip install bitsandbytes",
+            )
         raise RequestError(
             f"{name} holds quantised weights ({method}).",
             code="quantised-base",

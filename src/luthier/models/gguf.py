@@ -21,7 +21,7 @@ from luthier.errors import ArtifactError, RequestError
 from luthier.models.coverage import check_coverage
 from luthier.models.source import BaseSource
 
-_DENSE = ("llama", "qwen2", "qwen3")
+DENSE = ("llama", "qwen2", "qwen3")
 _KEYS = {  # GGUF's keys (after the architecture's name) to config names
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -108,7 +108,7 @@ def open_gguf(
 
 
 def _is_dense(header: GgufHeader) -> bool:
-    return header.architecture in _DENSE and f"{header.architecture}.expert_count" not in header.metadata
+    return header.architecture in DENSE and f"{header.architecture}.expert_count" not in header.metadata
 
 
 def _dense_config(header: GgufHeader) -> PreTrainedConfig:
@@ -136,22 +136,27 @@ def _dense_weights(
     source: BaseSource, header: GgufHeader, config: PreTrainedConfig, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Every tensor of the file under transformers' name; one without a name there keeps its own, and so is reported."""
-    with torch.device("meta"):
-        expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).state_dict()
-    known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(known[header.architecture], config.num_hidden_layers)
-    names = {table.get_name(name, (".weight", ".bias")): name for name in expected}
+    names = file_names(header.architecture, config)
     weights = {}
-    for name, values in _unpacked(source, header):
+    for name, values in unpacked(source, header):
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
         weight = torch.from_numpy(values)
         if header.architecture == "llama" and heads:
-            weight = _split_halves(weight, heads)
+            weight = split_halves(weight, heads)
         weights[names.get(name, name)] = weight.to(dtype)
     return weights
 
 
-def _unpacked(source: BaseSource, header: GgufHeader) -> Iterator[tuple[str, numpy.ndarray]]:
+def file_names(architecture: str, config: PreTrainedConfig) -> dict[str | None, str]:
+    """A dense model's tensors by their names in a GGUF file."""
+    with torch.device("meta"):
+        expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).state_dict()
+    known = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
+    return {table.get_name(name, (".weight", ".bias")): name for name in expected}
+
+
+def unpacked(source: BaseSource, header: GgufHeader) -> Iterator[tuple[str, numpy.ndarray]]:
     data = numpy.memmap(str(source.path), mode="r", dtype=numpy.uint8).view(numpy.ndarray)
     for name, tensor in header.tensors.items():
         rows = tensor.shape[:-1]
@@ -163,7 +168,7 @@ def _unpacked(source: BaseSource, header: GgufHeader) -> Iterator[tuple[str, num
             yield name, gguf.dequantize(blocks, tensor.kind).reshape(tensor.shape)
 
 
-def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of queries and keys in transformers' order: llama.cpp rotates neighbours, transformers halves of a head."""
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from luthier.artifacts.gguf_header import read_gguf_header
 from luthier.config.schema import ModelConfig, Precision
-from luthier.errors import RequestError
 from luthier.models.check_folder import pickle_files, read_json, weight_files
 from luthier.models.open import Base, Vocabulary, open_base
 from luthier.models.precision import resolve_precision
@@ -37,15 +35,13 @@ def load_base(name: str, how: Opening) -> Base:
     """
     model = ModelConfig(path=name, revision=how.revision, precision=how.precision, trust_remote_code=how.trust_remote_code)  # fmt: skip
     folder, vocabulary = Path(name).expanduser(), None
-    if folder.is_file() and folder.suffix == ".gguf":
-        _refuse_adapter(folder)
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if not read_json(folder / "config.json").get("quantization_config") and not pickle_files(folder):
             parameters = parameters_in(file for file in weight_files(folder) if file.is_file())
             check_room(parameters, resolve_precision(model, how.device), how.device, free_bytes(how.device))
         if not any((folder / file).is_file() for file in _TOKENIZERS):
             vocabulary = Vocabulary(None, (), ())
-    base = open_base(model, device=how.device, vocabulary=vocabulary)
+    base = open_base(model, device=how.device, vocabulary=vocabulary, quantised=True)
     for note in base.notes:
         how.tell(note)
     return base
@@ -63,13 +59,3 @@ def differing_versions(made_with: Mapping[str, str]) -> list[str]:
         if there and there.split(".")[:2] != here.split(".")[:2]:
             notes.append(f"This was made with {name} {there}; here is {here}.")
     return notes
-
-
-def _refuse_adapter(path: Path) -> None:
-    if read_gguf_header(path).metadata.get("general.type") == "adapter":
-        raise RequestError(
-            f"{path} is an adapter in GGUF form, which this version cannot put onto a base.",
-            code="gguf-adapter",
-            where=str(path),
-            remedy="Give the PEFT folder that it was converted from.",
-        )

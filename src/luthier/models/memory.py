@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from torch import nn
 from transformers import PreTrainedModel
 
 from luthier.models.quiet import no_deprecations
@@ -24,15 +20,3 @@ def keep(model: PreTrainedModel) -> None:
     """Keeps activations again: undoes `recompute`."""
     with no_deprecations():
         model.gradient_checkpointing_disable()
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Turns the key-value cache off and restores the setting, which would else be saved with the model's config."""
-    config = model.config.get_text_config()
-    before = config.use_cache
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = before

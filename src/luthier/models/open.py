@@ -75,11 +75,18 @@ class Vocabulary:
     notes: tuple[str, ...]
 
 
-def open_base(model: ModelConfig, *, device: str | torch.device = "cpu", vocabulary: Vocabulary | None = None) -> Base:
+def open_base(
+    model: ModelConfig,
+    *,
+    device: str | torch.device = "cpu",
+    vocabulary: Vocabulary | None = None,
+    quantised: bool = False,
+) -> Base:
     """Opens a base model on `device`, in its precision, with its tokenizer; the same in evaluation mode every time.
 
     Args:
         vocabulary: what `open_vocabulary` gave for the same `model`, where that was needed before the weights.
+        quantised: let a model through that bitsandbytes quantised, to use it or to train adapters on it.
 
     Raises:
         RequestError: there is no such model, it needs code of its own, is quantised, or a setting does not fit it.
@@ -87,7 +94,7 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu", vocabul
     """
     if model.attention is not None:
         check_attention(model.attention)
-    found = _find(model)
+    found = _find(model, quantised=quantised)
     config = _config(model, found)
     vocabulary = vocabulary or _vocabulary(model, found)
     tokenizer, ids = vocabulary.tokenizer, vocabulary.new_token_ids
@@ -96,9 +103,10 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu", vocabul
     options: dict[str, Any] = {"device_map": {"": torch.device(device)}}
     if model.attention is not None:
         options["attn_implementation"] = model.attention
-    dtype = DTYPES[resolve_precision(model, device)]
+    packed = getattr(config, "quantization_config", None) is not None
+    dtype = _dtype_beside(config, model) if packed else DTYPES[resolve_precision(model, device)]
     folder = found.source.path if found.source.kind == "folder" else None
-    state = own_state(folder) if folder is not None else None
+    state = own_state(folder) if folder is not None and not packed else None
     with quiet():
         if found.header is not None:
             loaded = open_gguf(found.source, found.header, config, dtype, options)
@@ -112,6 +120,18 @@ def open_base(model: ModelConfig, *, device: str | torch.device = "cpu", vocabul
         _set_generation(loaded, tokenizer)
     differs = grown or found.source.kind == "gguf" or state is not None
     return Base(loaded, tokenizer, found.source, ids, differs, list(vocabulary.notes))
+
+
+def _dtype_beside(config: PreTrainedConfig, model: ModelConfig) -> torch.dtype:
+    """The dtype of what is not quantised in a quantised model: the folder's own."""
+    if model.precision is not None:
+        raise RequestError(
+            f"{model.path} is quantised, so its precision is the folder's own.",
+            code="quantised-base",
+            where="precision",
+            remedy="Leave `precision` out.",
+        )
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def open_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -144,7 +164,7 @@ class _Found:
     header: GgufHeader | None
 
 
-def _find(model: ModelConfig, *, weights: bool = True) -> _Found:
+def _find(model: ModelConfig, *, weights: bool = True, quantised: bool = False) -> _Found:
     source = find_source(model)
     if source.kind == "gguf":
         assert source.path is not None
@@ -154,7 +174,7 @@ def _find(model: ModelConfig, *, weights: bool = True) -> _Found:
     else:
         assert source.path is not None
         config = check_folder(source.path) if weights else _plain_config(source)
-    check_config(config, source.name, trust_remote_code=model.trust_remote_code)
+    check_config(config, source.name, trust_remote_code=model.trust_remote_code, quantised=quantised)
     return _Found(source, None)
 
 

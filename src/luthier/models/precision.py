@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 from luthier.config.schema import ModelConfig, Precision
@@ -21,8 +19,3 @@ def resolve_precision(model: ModelConfig, device: str | torch.device) -> Precisi
     if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"
     return "bf16"
-
-
-def name_of(dtype: torch.dtype) -> Precision | None:
-    """`bf16`, `fp16` or `fp32`; None for any other dtype."""
-    return next((cast(Precision, name) for name, known in DTYPES.items() if known == dtype), None)

@@ -131,9 +131,11 @@ def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, traina
     try:
         with no_deprecations():
             if isinstance(base.model, PeftModel):
-                base.model.load_adapter(str(plain), name, is_trainable=trains)
+                base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=True)
                 return base.model
-            return PeftModel.from_pretrained(base.model, str(plain), adapter_name=name, is_trainable=trains)
+            return PeftModel.from_pretrained(
+                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=True
+            )
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ArtifactError(
             f"peft cannot put this adapter on {base.source.name}: {' '.join(str(error).split())[:300]}",
