@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
+import torch
+
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.problems import CONVERT
@@ -21,7 +23,7 @@ from luthier.models.adapter_base import adapters_in, base_name, check_base
 from luthier.models.gguf_adapter import as_peft_folder, is_gguf_adapter
 from luthier.models.load_base import Opening, differing_versions, load_base
 from luthier.models.refused import refused
-from luthier.models.saved_adapter import open_adapter
+from luthier.models.saved_adapter import open_adapter, tokenizer_of
 from luthier.training.locate import locate
 from luthier.training.resolve import pick_device
 
@@ -47,6 +49,20 @@ class _Target:
     home: Path | None = None
     run: Path | None = None
 
+    def check(self, how: Opening) -> None:
+        """A folder of ours knows every byte, so every byte is checked; what it was made with is compared with what is here."""
+        if self.home is not None and (self.home / manifests.NAME).is_file():
+            manifests.raise_problems(self.home, manifests.verify(self.home)[1])
+            _tell(differing_versions(manifests.read(self.home).facts.get("versions", {})), how)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """An adapter's folder, or its GGUF file, and the folder with its manifest."""
+
+    folder: Path
+    home: Path
+
 
 @refused
 def load(
@@ -67,7 +83,8 @@ def load(
         precision: bf16, fp16 or fp32; as trained if left out.
         device: where to; the accelerator, else the CPU, if left out.
         base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
-        adapter: adapters to put onto what lies at `path`: a folder, or folders by the names they get.
+        adapter: adapters to put onto what lies at `path`: a run, checkpoint, folder or GGUF file, or several by the names
+            they get.
         say: told what should be known and is no error; the logger ``luthier`` warns of it if left out.
 
     Returns:
@@ -79,17 +96,22 @@ def load(
     """
     if precision is not None and precision not in get_args(Precision):
         raise RequestError(f"precision is {precision!r}; it takes one of {', '.join(get_args(Precision))}.", code="wrong-value", where="precision")  # fmt: skip
-    how = Opening(
-        precision, device or str(pick_device()), trust_remote_code, say or logging.getLogger("luthier").warning
-    )
+    how = Opening(precision, _device(device), trust_remote_code, say or logging.getLogger("luthier").warning)
     target = _target(os.fspath(path))
     if precision is None and target.run is not None and (target.run / "run.yaml").is_file():
         how = replace(how, precision=read_resolved(target.run / "run.yaml").model.precision)
-    if target.home is not None and (target.home / manifests.NAME).is_file():  # ours: every byte is known and checked
-        manifests.raise_problems(target.home, manifests.verify(target.home)[1])
-        _tell(differing_versions(manifests.read(target.home).facts.get("versions", {})), how)
-    given = _named(adapter)
-    if target.model is not None and not given:
+    target.check(how)
+    placed = {name: _Placed(folder, target.home or folder) for name, folder in target.adapters.items()}
+    for name, given in _named(adapter).items():
+        if name in placed:
+            raise RequestError(
+                f"what lies at {path} is an adapter called {name!r} already.",
+                code="adapter-name",
+                where="adapter",
+                remedy="Give the new one a name: adapter={'name': PATH}.",
+            )
+        placed[name] = _given(given, how)
+    if target.model is not None and not placed:
         if base is not None:
             raise RequestError("this is a model and no adapter, so there is no base to give.", code="not-an-adapter", where=str(path), remedy="Leave `base` out.")  # fmt: skip
         opened = load_base(target.model, how)
@@ -98,7 +120,33 @@ def load(
         under, how = _base_of(target, base, how)
     else:
         under = target.model
-    return _put_on(under, target, {**target.adapters, **given}, trainable, how, insist=base is not None)
+    return _put_on(under, placed, trainable, how, insist=base is not None)
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, or the accelerator, else the CPU."""
+    if name is None:
+        return str(pick_device())
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"there is no device {name!r} here: {str(error).splitlines()[0]}", code="wrong-value", where="device", remedy="Take 'cpu', or leave `device` out.") from None  # fmt: skip
+    return name
+
+
+def _given(path: Path, how: Opening) -> _Placed:
+    """One adapter that was given beside a base: found and checked as what lies at a path of its own is."""
+    if is_gguf_adapter(path):
+        return _Placed(path, path)
+    target = _target(str(path)) if _is_local(path) else _Target(str(path))
+    if len(target.adapters) != 1:
+        what = f"{len(target.adapters)} adapters lie" if target.adapters else "no adapter lies"
+        raise RequestError(
+            f"{what} here.", code="no-adapter", where=str(path), remedy="Give the folder of one adapter."
+        )
+    target.check(how)
+    (folder,) = target.adapters.values()
+    return _Placed(folder, target.home or folder)
 
 
 def _target(text: str) -> _Target:
@@ -150,30 +198,28 @@ def _base_of(target: _Target, given: str | os.PathLike[str] | None, how: Opening
     return name, replace(how, revision=named.get("revision"))
 
 
-def _put_on(under: str, target: _Target, adapters: Mapping[str, Path], trainable: bool, how: Opening, *, insist: bool) -> tuple[Any, Any]:  # fmt: skip
+def _put_on(
+    under: str, placed: Mapping[str, _Placed], trainable: bool, how: Opening, *, insist: bool
+) -> tuple[Any, Any]:
     """Open a base and put adapters onto it, the first of them active."""
     opened = load_base(under, how)
     model: Any = opened.model
     tokenizer = None
-    for name, folder in adapters.items():
-        if is_gguf_adapter(folder):
+    for name, at in placed.items():
+        if is_gguf_adapter(at.folder):
             with TemporaryDirectory(prefix="luthier-") as passing:
-                converted = as_peft_folder(folder, _plain_config(opened.model), Path(passing))
+                converted = as_peft_folder(at.folder, _plain_config(opened.model), Path(passing))
                 model, own = open_adapter(opened, converted, trainable=trainable, name=name)
-            opened.model, tokenizer = model, tokenizer or own
-            continue
-        if not (folder / ADAPTER_CONFIG).is_file():
-            raise RequestError("no adapter lies here.", code="no-adapter", where=str(folder), remedy="Give a folder with adapter_config.json.")  # fmt: skip
-        home = target.home if target.home is not None and name in target.adapters else folder
-        _tell(check_base(folder, home, opened.source, insisted=insist), how)
-        pair = manifests.read(home).facts.get("stack") if (home / manifests.NAME).is_file() else None
-        if trainable and pair is not None and len(adapters) == 1:  # of a stacked pair only the upper adapter trains
-            return stack.open_split(opened, folder, pair, base_name=under), opened.tokenizer
-        model, own = open_adapter(opened, folder, trainable=trainable, name=name)
+        else:
+            _tell(check_base(at.folder, at.home, opened.source, insisted=insist), how)
+            pair = manifests.read(at.home).facts.get("stack") if (at.home / manifests.NAME).is_file() else None
+            if trainable and pair is not None and len(placed) == 1:  # of a stacked pair only the upper adapter trains
+                return stack.open_split(opened, at.folder, pair, base_name=under), tokenizer_of(opened, at.folder)
+            model, own = open_adapter(opened, at.folder, trainable=trainable, name=name)
         opened.model = model
         tokenizer = tokenizer or own
-    if len(adapters) > 1:
-        model.set_adapter(next(iter(adapters)), inference_mode=not trainable)
+    if len(placed) > 1:
+        model.set_adapter(next(iter(placed)), inference_mode=not trainable)
     return model, tokenizer
 
 

@@ -151,3 +151,11 @@ def test_sharded_weights_in_a_trainer_checkpoint_are_named(tmp_path):
     write_json(tmp_path / "trainer_state.json", {"global_step": 3})
     found = identify(tmp_path)
     assert (found.kind, [problem.code for problem in found.faults]) == ("trainer_checkpoint", ["sharded-weights"])
+
+
+def test_run_that_saved_nothing_says_so_and_what_to_do(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: base\noutput: here\n")
+    found = identify(tmp_path)
+    assert (found.kind, found.whole) == ("run", True)
+    assert [problem.code for problem in found.problems] == ["nothing-saved"]
+    assert "luthier resume" in show(found)

@@ -130,3 +130,32 @@ def test_too_little_room_is_told_with_what_would_fit():
         check_room(1000, "fp32", "cpu", 3000)
     assert error.value.code == "no-memory-for-model"
     check_room(1000, "fp32", "cpu", 4000)
+
+
+def test_second_adapter_never_replaces_the_one_that_lies_at_the_path(base, tmp_path):
+    first = adapter_on(base, tmp_path / "first")
+    second = adapter_on(base, tmp_path / "second", seed=2)
+    with pytest.raises(luthier.RequestError, match="called 'default' already"):
+        luthier.load(tmp_path / "first", adapter=tmp_path / "second", device="cpu")
+    model, _ = luthier.load(tmp_path / "first", adapter={"other": tmp_path / "second"}, device="cpu")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    assert torch.equal(logits(model), second)
+
+
+def test_adapter_of_ours_that_is_given_is_checked_to_the_byte(base, tmp_path):
+    adapter_on(base, tmp_path / "plain")
+    model, tokenizer = luthier.load(tmp_path / "plain", device="cpu")
+    luthier.save(model, tmp_path / "ours", tokenizer=tokenizer)
+    file = tmp_path / "ours" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(luthier.ArtifactError) as error:
+        luthier.load(base, adapter={"ours": tmp_path / "ours"}, device="cpu")
+    assert error.value.code == "bytes-changed"
+
+
+def test_device_that_is_not_there_is_named(base):
+    with pytest.raises(luthier.RequestError, match="no device 'cuda:97'"):
+        luthier.load(base, device="cuda:97")

@@ -276,6 +276,9 @@ def test_template_that_only_the_adapter_has_is_taken(tmp_path):
 def test_stack_is_saved_by_hand_as_one_adapter_and_trains_on(home, tmp_path):
     run = home.stage("by-hand", "one", "stack", adapter={"r": 2}, train={"steps": 2})
     model, tokenizer = luthier.load(run, trainable=True)
+    assert tokenizer.name_or_path == str(
+        run / "final"
+    )  # the one that lies with the adapter, with the template it was trained with
     assert luthier.save(model, tmp_path / "saved", tokenizer=tokenizer).proof.passed
     assert torch.equal(logits(tmp_path / "saved"), logits(run / "final"))
     on = home.stage("by-hand-2", str(tmp_path / "saved"), "continue", train={"steps": 1})

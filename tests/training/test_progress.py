@@ -165,3 +165,12 @@ def test_durations(seconds, text):
 def test_plain_lines_do_not_import_rich():
     code = "import sys; from luthier.training.progress import Progress; Progress(1).step({}); sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_what_came_before_the_first_step_is_not_taken_for_a_steps_time():
+    stream = io.StringIO()
+    times = iter([0.0, 100.0, 100.0, 100.0])  # an evaluation of 99 s, then a step of 1 s
+    progress = Progress(11, console=Console(file=stream), clock=lambda: next(times, 100.0))
+    progress.step({"step": 1, "loss": 1.0, "tokens": 50, "tokens_per_second": 50.0})
+    progress.close()
+    assert "0:10 left" in stream.getvalue()

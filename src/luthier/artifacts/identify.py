@@ -161,6 +161,8 @@ def _run(contents: Contents) -> Artifact:
     for entry in listed:
         if not entry["whole"]:
             run.problems.append(Problem("checkpoint-damaged", f"the checkpoint of step {entry['step']} is damaged.", "Resuming passes it over."))  # fmt: skip
+    if inner is None and not listed and not run.problems:
+        run.problems.append(Problem("nothing-saved", "this run has saved nothing yet.", "luthier resume on this folder begins it again.", fault=False))  # fmt: skip
     model = config.get("model") if config else None
     run.base = run.base or ({"name": model.get("path") if isinstance(model, dict) else model} if model else None)
     run.facts = {"checkpoints": listed, "final": str(final) if final.is_dir() else None, "finished": final.is_dir(), "resumes_from": newest["step"] if newest else None}  # fmt: skip

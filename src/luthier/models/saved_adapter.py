@@ -43,7 +43,7 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
         ArtifactError: the adapter's tensors are not the ones its config asks for on this base, or nothing would train.
     """
     check_name(name, str(folder))
-    tokenizer = _tokenizer(base, folder)
+    tokenizer = tokenizer_of(base, folder)
     config = _config(folder)
     with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
         places = read_header(plain / WEIGHTS)[0]
@@ -83,7 +83,7 @@ def fit_vocabulary(base: Base, folder: Path) -> None:
     """
     config = _config(folder)
     with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
-        _fit(base, plain / WEIGHTS, config, _tokenizer(base, folder))
+        _fit(base, plain / WEIGHTS, config, tokenizer_of(base, folder))
 
 
 def _fit(base: Base, path: Path, config: PeftConfig, tokenizer: Any) -> None:
@@ -173,7 +173,8 @@ def _plain_folder(folder: Path, *, prompts: bool) -> Iterator[Path]:
         yield Path(passing)
 
 
-def _tokenizer(base: Base, folder: Path) -> Any:
+def tokenizer_of(base: Base, folder: Path) -> Any:
+    """The tokenizer that lies with an adapter, which has the template it was trained with; else the base's."""
     from transformers import AutoTokenizer
 
     has_own = (folder / "tokenizer_config.json").is_file()

@@ -48,7 +48,13 @@ class Progress:
         """Show a finished step by its record in metrics.jsonl; missing values are left out."""
         with self._lock:
             self._done = int(metrics.get("step", self._done + 1))
-            self._moments.append(self._clock())
+            now = self._clock()
+            speed = metrics.get("tokens_per_second")
+            if (
+                len(self._moments) == 1 and speed
+            ):  # what came before the first step, an evaluation say, is no step's time
+                self._moments[0] = max(self._moments[0], now - metrics.get("tokens", 0) / speed)
+            self._moments.append(now)
             self._display.step(self._done, _values(metrics), self._left())
 
     def say(self, text: str) -> None:
