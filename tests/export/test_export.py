@@ -1,5 +1,6 @@
 """The verb: forms, safety, proof."""
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier.cli import main
+from luthier.export import stream
+from luthier.export.merge import merge_folders
 
 SETTINGS = {"target_modules": ["q_proj", "v_proj"], "r": 4}
 
@@ -52,7 +55,6 @@ def test_merged_is_proven_against_base_and_adapter_and_says_its_parents(base, ad
 
 @pytest.mark.slow
 def test_wrong_merge_fails_the_proof_and_publishes_nothing(base, adapter, tmp_path):
-    from luthier.export.merge import merge_folders
     from luthier.export.proofs import prove_merge
 
     with pytest.raises(luthier.ArtifactError, match="proof failed"):
@@ -174,3 +176,25 @@ def test_killed_exports_leave_nothing_and_a_second_call_finishes(base, adapter, 
     if not (tmp_path / "out").exists():
         subprocess.run(command, check=True, capture_output=True)
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_failed_write_back_is_never_lost_with_the_thread_that_was_told(base, adapter, tmp_path, monkeypatch):
+    told = []
+
+    def fails_once(descriptor: int) -> None:
+        if not told:
+            told.append(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+
+    write = stream._Worker.write
+
+    def slowly(self, *piece) -> None:
+        time.sleep(0.01)
+        write(self, *piece)
+
+    monkeypatch.setattr(stream.os, "fdatasync", fails_once)
+    monkeypatch.setattr(stream, "FLUSH_EVERY", 0.001)
+    monkeypatch.setattr(stream._Worker, "write", slowly)
+    with pytest.raises(OSError, match="Input/output error"):
+        merge_folders(base, adapter, tmp_path / "out")
+    assert told and not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ from luthier.export.lowrank import BLOCK, Change
 from luthier.export.source import Source, bytes_of
 
 WORKERS = 3
+FLUSH_EVERY = 0.5  # seconds
 WHOLE = 1 << 62  # a shard size for what must stay one file: peft opens no shards
 
 
@@ -160,10 +161,14 @@ def _pieces(place: Place) -> list[tuple[int, int]]:
 
 
 class _Flusher:
-    """Keeps the device busy while the workers compute, so that the last flush has little left to do."""
+    """Keeps the device busy while the workers compute, so that the last flush has little left to do.
+
+    A system reports a failed write-back to one flush only: what this thread was told must not be lost with it.
+    """
 
     def __init__(self, descriptors: list[int]) -> None:
         self._descriptors = descriptors
+        self._failure: OSError | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="export-flush", daemon=True)
 
@@ -174,11 +179,17 @@ class _Flusher:
     def __exit__(self, *raised: Any) -> None:
         self._stop.set()
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def _run(self) -> None:
-        while not self._stop.wait(0.5):
-            for descriptor in self._descriptors:
-                os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+        flush = getattr(os, "fdatasync", os.fsync)
+        try:
+            while not self._stop.wait(FLUSH_EVERY):
+                for descriptor in self._descriptors:
+                    flush(descriptor)
+        except OSError as error:  # handed to the writing thread when it leaves
+            self._failure = error
 
 
 class _Worker:
