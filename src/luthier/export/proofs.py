@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from luthier.artifacts.tensorfile import BITS, read_header
+from luthier.artifacts.tensorfile import read_header
 from luthier.errors import ArtifactError
 from luthier.export.prove import TEXTS, Probe, Proof, compare, plain_answers, within
+from luthier.models.room import free_bytes, parameters_in
 
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 
@@ -92,18 +93,8 @@ def _main_dtype(folder: Path) -> str:
 
 def _fits(folder: Path) -> bool:
     """Whether plain transformers can hold the model in fp32 beside what else is in memory."""
-    elements = sum(
-        place.spec.size * 8 // BITS[place.spec.dtype]
-        for path in folder.glob("*.safetensors")
-        for place in read_header(path)[0].values()
-    )
-    told = Path("/proc/meminfo")
-    if not told.is_file():
-        return True
-    free = next(
-        int(line.split()[1]) * 1024 for line in told.read_text().splitlines() if line.startswith("MemAvailable")
-    )
-    return elements * 4 * 2 < free
+    free = free_bytes("cpu")
+    return free is None or parameters_in(folder.glob("*.safetensors")) * 4 * 2 < free
 
 
 def _not_opened() -> bytes:
