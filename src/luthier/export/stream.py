@@ -2,7 +2,8 @@
 
 A stretch is what a manifest digests: a tensor, or 64 MiB of one. So memory is a few stretches whatever the model's
 size, every byte passes the processor once, and reading, computing and writing of different stretches overlap (torch,
-BLAKE3 and the system's calls release Python's lock). A further thread flushes what was written while the rest goes on.
+BLAKE3 and the system's calls release Python's lock). Where files can't be written past the page cache, a further thread
+flushes what was written while the rest goes on.
 """
 
 from __future__ import annotations
@@ -17,17 +18,9 @@ from typing import Any
 
 import torch
 
-from luthier.artifacts.files import (  # fmt: skip
-    allocate,
-    flush_file,
-    forget_cached,
-    free_bytes,
-    full_disk_named,
-    open_binary,
-    readable_size,
-    write_at,
-    write_file,
-)
+from luthier.artifacts.direct import BLOCK as ALIGNED
+from luthier.artifacts.direct import DirectFile
+from luthier.artifacts.files import free_bytes, full_disk_named, readable_size, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
 from luthier.checkpoint.dtypes import FROM_FILE
@@ -35,7 +28,7 @@ from luthier.errors import ArtifactError, LuthierError
 from luthier.export.lowrank import BLOCK, Change
 from luthier.export.source import Source, bytes_of
 
-WORKERS = 3
+WORKERS = 4
 FLUSH_EVERY = 0.5  # seconds
 WHOLE = 1 << 62  # a shard size for what must stay one file: peft opens no shards
 
@@ -126,17 +119,16 @@ def check_room(target: Path, needed: int) -> None:
 def _write_files(
     target: Path, files: Sequence[FilePlan], outputs: Mapping[str, Output], witness: Source | None
 ) -> tuple[list[Digest], dict[tuple[str, int], Digest]]:
-    descriptors: dict[str, int] = {}
+    opened: dict[str, DirectFile] = {}
     digests: list[Digest] = []
     seen: dict[tuple[str, int], Digest] = {}
     try:
         for file in files:
-            descriptors[file.name] = open_binary(target / file.name, os.O_RDWR | os.O_CREAT)
-            allocate(descriptors[file.name], file.size)
-            write_at(descriptors[file.name], memoryview(file.header), 0)
+            opened[file.name] = DirectFile(target / file.name, file.size)
+            opened[file.name].write(memoryview(bytearray(file.header)), 0)
             digests.append(Digest(file.name, 0, len(file.header), digest_of(file.header)))
-        flusher = _Flusher(list(descriptors.values()))
-        worker = _Worker(descriptors, outputs, witness, digests, seen)
+        flusher = _Flusher([file.descriptor for file in opened.values() if not file.direct])
+        worker = _Worker(opened, outputs, witness, digests, seen)
         pieces = [(file, place, *piece) for file in files for place in file.places for piece in _pieces(place)]
         with ThreadPoolExecutor(WORKERS, "export") as pool, flusher:
             futures = [pool.submit(worker.write, *piece) for piece in pieces]
@@ -147,12 +139,11 @@ def _write_files(
                     future.cancel()
             for future in done:
                 future.result()
-        for descriptor in descriptors.values():
-            flush_file(descriptor)
-            forget_cached(descriptor)
+        for written in opened.values():
+            written.flush()
     finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        for written in opened.values():
+            written.close()
     return digests, seen
 
 
@@ -197,13 +188,13 @@ class _Worker:
 
     def __init__(
         self,
-        descriptors: Mapping[str, int],
+        opened: Mapping[str, DirectFile],
         outputs: Mapping[str, Output],
         witness: Source | None,
         digests: list[Digest],
         seen: dict[tuple[str, int], Digest],
     ) -> None:
-        self._descriptors = descriptors
+        self._opened = opened
         self._outputs = outputs
         self._witness = witness
         self._digests = digests
@@ -215,7 +206,7 @@ class _Worker:
         width = BITS[place.spec.dtype] // 8
         start = (offset - place.offset) // width
         dtype = FROM_FILE[place.spec.dtype]
-        out = self._buffer("out", length).view(dtype)
+        out = self._buffer("out", length, offset).view(dtype)
         original = output.source.specs[output.name]
         same = original.dtype == place.spec.dtype
         before = None
@@ -225,7 +216,7 @@ class _Worker:
             before = self._compute(output, original, start, out, digest_before=same)
         data = bytes_of(out)
         digest = digest_of(data)
-        write_at(self._descriptors[file.name], data, offset)
+        self._opened[file.name].write(data, offset)
         self._digests.append(Digest(file.name, offset, length, digest))
         at = output.source.place(output.name)
         if output.source is self._witness and at is not None and same:
@@ -260,8 +251,10 @@ class _Worker:
 
         change = output.change.prepare(read, held // width) if output.change else None
         step = max(1, BLOCK // width)
+        scratch = self._buffer("block", step * width * 4).view(torch.float32).view(step, width)
         for row in range(0, len(rows), step):
-            block = rows[row : row + step].to(torch.float32, copy=True)
+            taken_rows = rows[row : row + step]
+            block = scratch[: len(taken_rows)].copy_(taken_rows)  # in one place: fresh memory costs more than the sum
             if change is not None:
                 change.apply(block, begin // width + row)
             at = begin + row * width
@@ -271,13 +264,14 @@ class _Worker:
                 _check_range(cast, block, output.spec.name)
         return before
 
-    def _buffer(self, name: str, size: int) -> torch.Tensor:
-        """``size`` bytes of this thread's buffer of that name, which grows and is kept."""
+    def _buffer(self, name: str, size: int, offset: int = 0) -> torch.Tensor:
+        """``size`` bytes of this thread's buffer of that name, which grows and is kept; aligned as ``offset`` is in a file."""
         held: torch.Tensor | None = getattr(self._local, name, None)
-        if held is None or held.numel() < size:
-            held = torch.empty(size, dtype=torch.uint8)
+        if held is None or held.numel() < size + ALIGNED:
+            held = torch.empty(size + ALIGNED, dtype=torch.uint8)
             setattr(self._local, name, held)
-        return held[:size]
+        shift = (offset - held.data_ptr()) % ALIGNED
+        return held[shift : shift + size]
 
 
 def _check_range(cast: torch.Tensor, block: torch.Tensor, name: str) -> None:
