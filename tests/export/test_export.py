@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import luthier
+from luthier.artifacts import direct
 from luthier.cli import main
 from luthier.export import stream
 from luthier.export.merge import merge_folders
@@ -192,6 +193,7 @@ def test_failed_write_back_is_never_lost_with_the_thread_that_was_told(base, ada
         time.sleep(0.01)
         write(self, *piece)
 
+    monkeypatch.setattr(direct, "_open_direct", lambda path: None)  # with direct writes no thread has anything to flush
     monkeypatch.setattr(stream.os, "fdatasync", fails_once)
     monkeypatch.setattr(stream, "FLUSH_EVERY", 0.001)
     monkeypatch.setattr(stream._Worker, "write", slowly)
