@@ -36,4 +36,4 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes, not a copy."""
     flat = tensor.reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
