@@ -4,7 +4,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+
+PROBE = torch.arange(3, 43)[None] * 7 % 320
 
 
 def make_gpt2(folder: Path, *, seed: int = 0) -> Path:
@@ -29,3 +33,16 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 1, grow: int = 0, **se
                 parameter.copy_(parameter.abs() * (1 + spread) if "magnitude" in name else parameter + spread)
     adapted.save_pretrained(folder)
     return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=PROBE).logits
+
+
+def opened(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}

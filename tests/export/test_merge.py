@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from adapters import make_adapter, make_gpt2
+from adapters import logits, make_adapter, make_gpt2, opened, tensors
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from luthier.export.merge import merge_folders
 
@@ -45,7 +43,6 @@ CASES = {
     ),
     "experts-one": ("moe", {"target_modules": [], "target_parameters": EXPERTS[1:], "r": 4}),
 }  # fmt: skip
-PROBE = torch.arange(3, 43)[None] * 7 % 320
 
 
 @pytest.fixture(scope="session")
@@ -57,19 +54,6 @@ def bases(tmp_path_factory) -> dict[str, Path]:
         "moe": tiny.make_qwen3_moe(folder / "moe"),
         "gpt2": make_gpt2(folder / "gpt2"),
     }
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=PROBE).logits
-
-
-def opened(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from luthier.export.lowrank import Change, LowRank
 from luthier.export.naming import Naming, Stretch, read_naming
 from luthier.export.source import Source
 from luthier.export.stream import Output
+
+if TYPE_CHECKING:
+    from luthier.export.peft_layers import PeftLayers
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -41,6 +45,7 @@ class _Touched:
     whole: tuple[Adapter, str] | None = None
     own_copy: bool = False  # the whole is the adapter's alone, so what was tied to the base's stays as it was
     change: Change | None = None
+    layers: PeftLayers | None = None  # peft computes it
     rows: int | None = None
     tokens_only: bool = True
 
@@ -127,7 +132,11 @@ def plan_merge(base: Source, adapters: Sequence[Adapter], dtype: str | None) -> 
         for whole, stored in adapter.wholes.items():
             _must_be_alone(alone, adapter, f"{whole} is replaced as a whole")
             _plan_whole(planner, adapter, whole, stored)
-        for module, parts in adapter.parts.items():
+        if adapter.others:
+            _plan_layers(planner, adapter, alone)
+        for module, parts in list(adapter.parts.items()):
+            if not parts:
+                continue
             _plan_module(planner, adapter, module, set(parts), alone)
         _check_targets(base, adapter)
     return _outputs(planner, dtype)
@@ -287,6 +296,24 @@ def _plan_tokens(planner: _Planner, adapter: Adapter, module: str) -> None:
     )
 
 
+def _plan_layers(planner: _Planner, adapter: Adapter, alone: bool) -> None:
+    """Layers of a method that peft merges, each computed when it is written."""
+    from luthier.export.peft_layers import PeftLayers, iterate
+
+    _must_be_alone(alone, adapter, f"layers are changed in {adapter.method}'s way")
+
+    def read(name: str) -> torch.Tensor:
+        return torch.cat([planner.base.tensor(each.file).float().reshape(-1) for each in planner.stretches(name)])
+
+    layers = PeftLayers(planner.folder, adapter, read)
+    for whole, stored in layers.wholes.items():
+        _plan_whole(planner, adapter, whole, stored)
+    for _, name in iterate(layers):
+        touched = planner.touch(name)
+        touched.layers, touched.tokens_only = layers, False
+    adapter.parts |= {module: {} for module in layers.layers if module not in adapter.parts}
+
+
 def _check_targets(base: Source, adapter: Adapter) -> None:
     """Layers that the config targets and the file has no tensors for: the adapter is only a part of one."""
     config = adapter.config
@@ -345,7 +372,7 @@ def _parting(planner: _Planner, tied: dict[str, str]) -> set[str]:
         if one is None and other is None:
             continue
         together = any(adapter.config.get("ensure_weight_tying") for adapter in planner.adapters)
-        shared = other is not None and not other.own_copy and (other.tokens_only or other.change is None)
+        shared = other is not None and not other.own_copy and (other.tokens_only or (other.change is None and other.layers is None))
         if one is None and (shared or together):
             continue
         if one is not None and other is not None and (together or (one.tokens_only and other.tokens_only)):
@@ -362,6 +389,8 @@ def _output(
     change = what.change
     if change is not None and stretch.start:
         change = replace(change, first=stretch.start // change.width, _norms=None)
+    if what.layers is not None:
+        return Output(spec, what.layers, what.layers.output(name, stretch.start, original))
     if what.whole is not None:
         adapter, stored = what.whole
         if _count(shape) != stretch.count and what.rows is None:

@@ -26,6 +26,7 @@ from luthier.models.quiet import no_deprecations
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG = "adapter_config.json"
+_FROZEN_PROMPTS = {"CARTRIDGE": "frozen_", "CPT": "embedding."}  # what these keep as it was while the rest trains
 
 
 def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "default") -> tuple[PeftModel, Any]:
@@ -54,7 +55,8 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
         _check_coverage(model, plain / WEIGHTS, folder, name)
     if trainable and config.is_prompt_learning:  # peft itself opens these for use only
         config.inference_mode = False
-        model.prompt_encoder[name].requires_grad_(True)
+        for key, parameter in model.prompt_encoder[name].named_parameters():
+            parameter.requires_grad_(not key.startswith(_FROZEN_PROMPTS.get(str(config.peft_type.value), "\0")))
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trainable and count == 0:
         raise ArtifactError("no parameter of this adapter would train.", code="nothing-trains", where=str(folder))
