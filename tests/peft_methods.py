@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     "RANDLORA": {"target_modules": TWO, "r": 4},
     "ROAD": {"target_modules": TWO, "group_size": 8},
-    "SHADOW": {"target_modules": TWO, "r": 4},
+    "SHADOW": {"r": 4},
     "SHIRA": {"target_modules": TWO, "r": 4},
     "SUPERTUNING": {"target_modules": TWO},
     "TINYLORA": {"target_modules": TWO},
@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "VBLORA": {"target_modules": TWO, "r": 4, "num_vectors": 8, "vector_length": 8},
     "VERA": {"target_modules": TWO, "r": 8},
     "WAVEFT": {"target_modules": TWO, "n_frequency": 20},
-    "XLORA": {"hidden_size": 32},
+    "XLORA": {"hidden_size": 32},  # and `adapters`, on a base whose config has use_cache: false
 }
 
 

@@ -123,6 +123,7 @@ def export(
     dtype: str | None = None,
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
+    onto: str | None = None,
     prove: bool = True,
 ) -> Exported:
     """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast) or ``adapter``.
@@ -139,7 +140,7 @@ def export(
     ]
     return export_folder(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
-        weights=weights, prove=prove,
+        weights=weights, onto=onto, prove=prove,
     )  # fmt: skip
 
 

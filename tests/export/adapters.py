@@ -7,7 +7,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-
 PROBE = torch.arange(3, 43)[None] * 7 % 320
 
 

@@ -76,8 +76,12 @@ def test_biases_trained_beside_a_method_are_merged_once(base, tmp_path):
     wanted = logits(live)
     assert (logits(opened(tmp_path / "merged")) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     before, after = tensors(base), tensors(tmp_path / "merged")
-    assert not torch.equal(before["model.layers.0.self_attn.v_proj.bias"], after["model.layers.0.self_attn.v_proj.bias"])
-    assert not torch.equal(before["model.layers.0.self_attn.q_proj.bias"], after["model.layers.0.self_attn.q_proj.bias"])
+    assert not torch.equal(
+        before["model.layers.0.self_attn.v_proj.bias"], after["model.layers.0.self_attn.v_proj.bias"]
+    )
+    assert not torch.equal(
+        before["model.layers.0.self_attn.q_proj.bias"], after["model.layers.0.self_attn.q_proj.bias"]
+    )
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 

@@ -23,12 +23,12 @@ ADAPTER_PARTS = (
 )  # fmt: skip
 _LEAVES = ("weight", "bias", "trainable_tokens_delta")
 # What may follow an adapter's own part in a file; anything else there is the adapter's name in memory.
-_INNER = (*_LEAVES, "S_low", "U_low", "V_low", "Xd", "Xu", "zeros", "vector_a", "vector_b", "module_logits")
+_INNER = (*_LEAVES, "S_low", "U_low", "V_low", "X", "Xd", "Xu", "zeros", "vector_a", "vector_b", "module_logits")
 _NUMBERED = ("tinylora_v", "adamss_A", "adamss_B")  # lists of tensors: a number follows
 # Tensors that belong to no layer: peft writes them to files without its prefix, or with another.
 _SHARED = (
     "prompt_embeddings", "prompt_encoder.", "prefix_task_", "base_model.vera_", "base_model.randlora_", "base_model.vblora_",
-    "base_model.pvera_", "base_model.tinylora_", "base_model.unilora_", "base_model.frod_",
+    "base_model.pvera_", "base_model.tinylora_", "base_model.unilora_", "base_model.frod_", "base_model.shadow_",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError
 from luthier.export import exported_folder as folders
 from luthier.export.adapter import Adapter, open_adapters
+from luthier.export.dequantise import dequantised
 from luthier.export.merge_plan import plan_merge
 from luthier.export.source import open_source
 from luthier.export.stream import write_stream
@@ -38,9 +39,9 @@ def merge_folders(
     """Merge one adapter, or a weighted sum of several, into its base and publish the folder ``out``.
 
     Args:
-        base: a transformers folder.
+        base: a transformers folder; one that bitsandbytes quantised is read as the values its codes stand for.
         adapter: a PEFT folder, or several.
-        dtype: bf16, fp16 or fp32; the base's own if None.
+        dtype: bf16, fp16 or fp32; the base's own if None, of a quantised one what its config says.
         weights: one factor an adapter; 1 each if None.
         expected_base: the fingerprint that the base must have; any if None.
         name: what the parents call the base, where that isn't its path (a hub id).
@@ -56,10 +57,12 @@ def merge_folders(
     several = [adapter] if isinstance(adapter, Path) else list(adapter)
     folders.check_target(out, [base, *several])
     config = folders.read_config(base)
-    with open_source(base) as source, open_adapters(several, list(weights or [1.0] * len(several))) as adapters:
+    with open_source(base) as files, open_adapters(several, list(weights or [1.0] * len(several))) as adapters:
+        source = dequantised(files, config)
+        word = folders.word_of(dtype) or (None if source is files else folders.word_in(config))
         before = folders.parents_of(base)
         _refuse_twice(before, adapters, base)
-        plan = plan_merge(source, adapters, folders.word_of(dtype))
+        plan = plan_merge(source, adapters, word)
         config = folders.changed_config(config, plan.outputs, untied=plan.untied, vocabulary=plan.vocabulary)
         small = folders.companions([base, *several]) if tokenizer is None else folders.companions([base]) | dict(tokenizer)  # fmt: skip
         small["config.json"] = folders.as_json(config)
@@ -67,9 +70,9 @@ def merge_folders(
         try:
             written = write_stream(
                 partial, plan.outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
-                shard_bytes=shard_bytes, witness=source,
+                shard_bytes=shard_bytes, witness=files,
             )  # fmt: skip
-            fingerprint = folders.fingerprint_of_base(base, source, written.source_digests)
+            fingerprint = folders.fingerprint_of_base(base, files, written.source_digests)
             if expected_base and fingerprint and fingerprint != expected_base:
                 raise ArtifactError(
                     f"the base at {base} is not the one this adapter was trained on: its weights differ.",

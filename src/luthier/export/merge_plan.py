@@ -372,7 +372,11 @@ def _parting(planner: _Planner, tied: dict[str, str]) -> set[str]:
         if one is None and other is None:
             continue
         together = any(adapter.config.get("ensure_weight_tying") for adapter in planner.adapters)
-        shared = other is not None and not other.own_copy and (other.tokens_only or (other.change is None and other.layers is None))
+        shared = (
+            other is not None
+            and not other.own_copy
+            and (other.tokens_only or (other.change is None and other.layers is None))
+        )
         if one is None and (shared or together):
             continue
         if one is not None and other is not None and (together or (one.tokens_only and other.tokens_only)):

@@ -52,15 +52,19 @@ class PeftLayers(Source):
         self._config: Any = PeftConfig.from_pretrained(str(adapter.folder))
         self._config.modules_to_save = None  # these are wholes
         self._config.inference_mode = True
+        if hasattr(self._config, "bias"):
+            self._config.bias = "none"
         self._model = empty_model(folder)
         self._lock = threading.Lock()
         self._held: dict[str, dict[str, torch.Tensor]] = {}
         self._of: dict[str, tuple[str, int]] = {}
         self.wholes: dict[str, str] = {}
-        self._tensors: dict[str, dict[str, str]] = {}  # module → name in the adapter's file as peft writes it → as stored
+        self._tensors: dict[
+            str, dict[str, str]
+        ] = {}  # module → name in the adapter's file as peft writes it → as stored
         self._shared: dict[str, str] = {}
         self._sort()
-        self._whole: PeftModel | None = None
+        self._whole: Any = None
         if self._is_shared():
             with _named(adapter):
                 self._whole = self._on_whole_model()
@@ -70,7 +74,9 @@ class PeftLayers(Source):
             raise _strange(next(iter(self._shared)), adapter)
         else:
             self.layers = list(self._tensors)
-        self._whole_of = {name: stored for name, stored in self.wholes.items() if name.rpartition(".")[0] in self.layers}
+        self._whole_of = {
+            name: stored for name, stored in self.wholes.items() if name.rpartition(".")[0] in self.layers
+        }
         for name in self._whole_of:
             del self.wholes[name]
 
@@ -115,7 +121,9 @@ class PeftLayers(Source):
 
     def _is_shared(self) -> bool:
         kind = PEFT_TYPE_TO_TUNER_MAPPING[self._config.peft_type]
-        proportional = getattr(self._config, "proportional_parameters", False)  # of WaveFT: sizes follow from all layers
+        proportional = getattr(
+            self._config, "proportional_parameters", False
+        )  # of WaveFT: sizes follow from all layers
         return kind.uses_shared_state or self._config.peft_type.value in _SHARING or bool(proportional)
 
     def _plain(self, module: str) -> nn.Module:
@@ -140,6 +148,7 @@ class PeftLayers(Source):
         wrapped = PeftModel(model, config, NAME)  # type: ignore[arg-type]
         set_peft_model_state_dict(wrapped, dict(state), NAME)
         live = get_peft_model_state_dict(wrapped, adapter_name=NAME, save_embedding_layers=False)
+        live = {name: tensor for name, tensor in live.items() if isinstance(tensor, torch.Tensor)}
         odd = sorted(live.keys() ^ state.keys()) or sorted(
             name for name in live if not torch.equal(live[name], state[name].to(live[name].dtype))
         )
@@ -171,7 +180,9 @@ class PeftLayers(Source):
             plain._parameters.update(empty)
             layer.merged_adapters.clear()
 
-    def _merged_alone(self, module: str, plain: nn.Module, values: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    def _merged_alone(
+        self, module: str, plain: nn.Module, values: Mapping[str, nn.Parameter]
+    ) -> dict[str, torch.Tensor]:
         leaf = copy.deepcopy(plain)
         leaf._parameters.update(values)
         config = copy.deepcopy(self._config)
