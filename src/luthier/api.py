@@ -123,6 +123,9 @@ def export(
     dtype: str | None = None,
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    seed: int = 0,
     onto: str | None = None,
     prove: bool = True,
 ) -> Exported:
@@ -140,7 +143,7 @@ def export(
     ]
     return export_folder(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
-        weights=weights, onto=onto, prove=prove,
+        weights=weights, combine=combine, density=density, seed=seed, onto=onto, prove=prove,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class Adapter:
         return self.source.specs[self.parts[module][part]]
 
     def scaling(self, key: str, rank: int, where: str) -> float:
-        """The factor of a layer's product, its share of a weighted sum included.
+        """The factor of a layer's product.
 
         Raises:
             ArtifactError: the tensors are of another rank than the config says.
@@ -72,7 +72,7 @@ class Adapter:
                 remedy="The two files belong to different adapters, or rank_pattern is missing.",
             )
         alpha = float(self._pattern("alpha_pattern", key, self.config.get("lora_alpha", 8)))
-        return self.weight * alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _pattern(self, name: str, key: str, default: Any) -> Any:
         for pattern, value in (self.config.get(name) or {}).items():

@@ -17,6 +17,7 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.combine import combination_of
 from luthier.export.dequantise import dequantised
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
@@ -65,6 +66,9 @@ def export_folder(
     dtype: str | None = None,
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    seed: int = 0,
     onto: str | None = None,
     prove: bool = True,
 ) -> Exported:
@@ -74,6 +78,9 @@ def export_folder(
         sources: one artefact; for ``merged`` also several adapters on the same base.
         base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
         weights: a factor for each adapter.
+        combine: how several adapters become one change: linear (their weighted sum), ties, dare_linear, dare_ties, magnitude_prune.
+        density: the share of values that the last four keep.
+        seed: of what the dare methods drop.
         onto: where the adapter was trained on a quantised base: ``trained``, the values it saw, or ``original``, the
             weights given as ``base``. Without it, what ``base`` or the adapter names.
 
@@ -94,6 +101,9 @@ def export_folder(
         raise RequestError(f"{inner[0]} is {what}, which cannot be exported to {to}.", code="form", where="--to", remedy=f"Export it to {fitting}.")  # fmt: skip
     if weights is not None and len(weights) != len(inner):
         raise RequestError(f"there are {len(inner)} adapters and {len(weights)} weights.", code="form", where="--weights", remedy="Give one number an adapter.")  # fmt: skip
+    combination = combination_of(combine, density, seed)
+    if combination is not None and len(inner) == 1:
+        raise RequestError("there is one adapter, and nothing to combine it with.", code="combine", where="--combine", remedy="Name the others by --with.")  # fmt: skip
     if to == "merged":
         chosen = _choose_base(inner[0], sources[0], base, onto)
         named, expected, proof = chosen.folder, chosen.fingerprint, None
@@ -102,7 +112,7 @@ def export_folder(
                 chosen.live, inner[0], chosen.onto, chosen.other
             )  # fmt: skip
         merge_folders(
-            named, inner, out, dtype=dtype, weights=weights, shard_bytes=shard_bytes, expected_base=expected,
+            named, inner, out, dtype=dtype, weights=weights, combination=combination, shard_bytes=shard_bytes, expected_base=expected,
             prove=proof,
         )  # fmt: skip
     else:

@@ -8,7 +8,7 @@ every adapter is used, or it is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ import torch
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.adapter import Adapter
+from luthier.export.combine import Combination, Mixer
 from luthier.export.lowrank import Change, LowRank
 from luthier.export.naming import Naming, Stretch, read_naming
 from luthier.export.source import Source
@@ -55,6 +56,7 @@ class _Planner:
     base: Source
     folder: Path
     adapters: Sequence[Adapter]
+    combination: Combination | None = None
     touched: dict[str, _Touched] = field(default_factory=dict)
     _naming: Naming | None = None
 
@@ -107,6 +109,17 @@ class _Planner:
     def touch(self, name: str) -> _Touched:
         return self.touched.setdefault(name, _Touched())
 
+    def add(self, name: str, width: int, adapter: Adapter, load: Callable[[], LowRank]) -> Change:
+        """Have a thin product of an adapter added to a tensor."""
+        change = self.change(name, width)
+        change.low.append(load)
+        self.touch(name).tokens_only = False
+        if self.combination is not None:
+            change.mixer = change.mixer or Mixer(self.combination, name)
+            change.mixer.owners.append(next(i for i, each in enumerate(self.adapters) if each is adapter))
+            change.mixer.weights.append(adapter.weight)
+        return change
+
     def change(self, name: str, width: int) -> Change:
         touched = self.touch(name)
         if touched.change is None:
@@ -114,17 +127,20 @@ class _Planner:
         return touched.change
 
 
-def plan_merge(base: Source, adapters: Sequence[Adapter], dtype: str | None) -> MergePlan:
+def plan_merge(
+    base: Source, adapters: Sequence[Adapter], dtype: str | None, combination: Combination | None = None
+) -> MergePlan:
     """Plan the merged folder's tensors.
 
     Args:
         dtype: safetensors' word for what floating tensors are cast to; each keeps its own if None.
+        combination: how several adapters' changes become one; their weighted sum if None.
 
     Raises:
         ArtifactError: an adapter does not fit the base, or lacks tensors.
         RequestError: a combination that cannot be merged.
     """
-    planner = _Planner(base, base.folder, adapters)
+    planner = _Planner(base, base.folder, adapters, combination)
     if any(adapter.config.get("target_parameters") for adapter in adapters):
         _ = planner.naming
     for adapter in adapters:
@@ -208,7 +224,7 @@ def _plan_module(planner: _Planner, adapter: Adapter, module: str, parts: set[st
     tall, wide = (_count(a[1:]), b[0]) if turned or swapped else (b[0], _count(a[1:]))
     if wide != width or tall * groups != _count(shape) // width or a[0] != b[1]:
         raise _shape(adapter, name, (*((groups,) if groups > 1 else ()), tall, wide), shape)
-    scale = adapter.scaling(key, ranks, module)
+    scale = adapter.scaling(key, ranks, module) * (adapter.weight if planner.combination is None else 1.0)
 
     def load() -> LowRank:
         down = adapter.source.tensor(adapter.parts[module][first]).float().reshape(groups, ranks, -1)
@@ -219,9 +235,7 @@ def _plan_module(planner: _Planner, adapter: Adapter, module: str, parts: set[st
             left, right = up * scale, down
         return LowRank(left.reshape(-1, ranks).contiguous(), right.contiguous())
 
-    change = planner.change(name, width)
-    change.low.append(load)
-    planner.touch(name).tokens_only = False
+    change = planner.add(name, width, adapter, load)
     if dora:
         change.magnitude = lambda: adapter.source.tensor(adapter.parts[module]["lora_magnitude_vector"])
         change.by_column = turned
@@ -270,8 +284,7 @@ def _plan_bias(planner: _Planner, adapter: Adapter, module: str, scale: float) -
         bias = adapter.source.tensor(adapter.parts[module]["lora_B.bias"]).float()
         return LowRank(torch.full((1, 1), scale), bias.reshape(1, 1, -1))
 
-    planner.change(name, _count(planner.shape(name))).low.append(load)
-    planner.touch(name).tokens_only = False
+    planner.add(name, _count(planner.shape(name)), adapter, load)
 
 
 def _plan_tokens(planner: _Planner, adapter: Adapter, module: str) -> None:
