@@ -17,9 +17,11 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.bare import export_bare
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
+from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
 
@@ -34,10 +36,12 @@ class Exported:
     kind: str
     opens_with: str
     proof: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         proof = self.proof or "not proven"
-        return f"{self.path}: {self.kind}; {proof}\nopen it: {self.opens_with}({str(self.path)!r})"
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        return f"{self.path}: {self.kind}; {proof}{notes}\nopen it: {self.opens_with}({str(self.path)!r})"
 
 
 def weights_of(text: str | None) -> list[float] | None:
@@ -78,8 +82,12 @@ def export_folder(
     """
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
-    inner = [weights_folder(source) for source in sources]
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
+    bare = bare_weights(sources[0]) if to == "transformers" and len(sources) == 1 else None
+    if bare is not None:
+        opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes)
+        return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
+    inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
