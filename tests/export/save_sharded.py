@@ -3,7 +3,7 @@
     python save_sharded.py REQUEST.json
 
 The request: {"model": folder, "world": 4, "port": 29600, "saves": [{"form": "cookbook" | "flat" | "stateful" | "hf", "out": folder}],
-"optimizer": true, "compile": false, "columns": false}.
+"optimizer": true, "wrapped": false, "columns": false}.
 """
 
 import json
