@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 SIZES = {"tiny": (1, 256, 512, 1000), "small": (4, 2048, 5632, 32000), "1b": (16, 2048, 8192, 32000), "3b": (28, 3072, 8192, 128256)}  # fmt: skip
-MERGE = "import sys;from pathlib import Path;from luthier.export.merge import merge_folders as m;m(*map(Path,sys.argv[1:4]))"
+MERGE = "import sys;from pathlib import Path;from luthier.export.merge import merge_folders as m;m(*map(Path,sys.argv[1:4]),check=None)"
 PEFT = (
     "import sys;from transformers import AutoModelForCausalLM as A;from peft import PeftModel as P;"
     "P.from_pretrained(A.from_pretrained(sys.argv[1],dtype='bfloat16'),sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])"

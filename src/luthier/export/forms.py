@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts import publish
 from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
@@ -21,9 +19,11 @@ from luthier.export.bare import export_bare
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
+from luthier.export.read_back import check_written
 from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
+from luthier.export.unfinished import unfinished
 
 FORMS = ("merged", "transformers", "adapter")
 
@@ -97,18 +97,19 @@ def export_folder(
         raise RequestError(f"{inner[0]} is {what}, which cannot be exported to {to}.", code="form", where="--to", remedy=f"Export it to {fitting}.")  # fmt: skip
     if weights is not None and len(weights) != len(inner):
         raise RequestError(f"there are {len(inner)} adapters and {len(weights)} weights.", code="form", where="--weights", remedy="Give one number an adapter.")  # fmt: skip
+    said: list[str] = []
     if to == "merged":
         named, expected = (base, None) if base is not None else base_of(inner[0], sources[0])
         proof = prove_merge(named, inner[0]) if prove and len(inner) == 1 and weights is None else None
         merge_folders(
             named, inner, out, dtype=dtype, weights=weights, shard_bytes=shard_bytes, expected_base=expected,
-            prove=proof,
+            prove=proof, report=said.append,
         )  # fmt: skip
     else:
-        _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
+        said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
     told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
-    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None)
+    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None, tuple(said))
 
 
 def weights_folder(path: Path) -> Path:
@@ -163,9 +164,10 @@ def base_of(adapter: Path, source: Path) -> tuple[Path, str | None]:
 
 def _copy(
     folder: Path, out: Path, dtype: str | None, shard_bytes: int, prove: bool, *, adapter: bool
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """A model's or an adapter's folder again: other shards, another dtype, safetensors instead of pickles."""
     folders.check_target(out, [folder])
+    said: list[str] = []
     stem = "adapter_model" if adapter else "model"
     config = None if adapter else folders.read_config(folder)
     word = folders.word_of(dtype)
@@ -179,15 +181,14 @@ def _copy(
         else:
             config = folders.changed_config(config, outputs)
             small["config.json"] = folders.as_json(config)
-        partial = publish.begin(out)
-        try:
+        options = ["adapter" if adapter else "transformers", dtype, shard_bytes]
+        with unfinished(out, [folder], options, said.append) as (partial, journal):
             kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
-            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes)  # fmt: skip
+            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, journal=journal)  # fmt: skip
+            said.append(check_written(partial, written.manifest))
             late = {"proof.json": prove_copy(folder, word)(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial)
+    return said
 
 
 def _as_is(source: Source, name: str, word: str | None) -> Output:
