@@ -17,12 +17,13 @@ import torch
 from luthier.artifacts import names
 from luthier.artifacts.identify import identify
 from luthier.artifacts.sharded import METADATA, read_sharded
+from luthier.artifacts.sharded_model import model_tensors
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.config.yaml_text import load as load_yaml
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.distcp import ShardedSource, model_tensors
+from luthier.export.distcp import ShardedSource
 from luthier.export.find_weights import find_weights
 from luthier.export.merge_plan import FLOATS
 from luthier.export.source import Source
