@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 SIZES = {"tiny": (1, 256, 512, 1000), "small": (4, 2048, 5632, 32000), "1b": (16, 2048, 8192, 32000), "3b": (28, 3072, 8192, 128256)}  # fmt: skip
-MERGE = "import sys;from pathlib import Path;from luthier.export.merge import merge_folders as m;m(*map(Path,sys.argv[1:4]),check=None)"
 PEFT = (
     "import sys;from transformers import AutoModelForCausalLM as A;from peft import PeftModel as P;"
     "P.from_pretrained(A.from_pretrained(sys.argv[1],dtype='bfloat16'),sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])"
@@ -53,13 +52,15 @@ def make(folder: Path, layers: int, hidden: int, inner: int, vocab: int) -> None
     specs.append(TensorSpec("model.norm.weight", "BF16", (hidden,)))
     base = folder / "base"
     base.mkdir(parents=True)
+    drawn = memoryview(torch.empty(1 << 24, dtype=torch.bfloat16).normal_(0, 0.02).view(torch.uint8).numpy())
     files, index = plan_files(specs, "model", {"format": "pt"})
     for file in files:
         with open(base / file.name, "wb") as out:
             out.write(file.header)
             for place in file.places:
-                weight = torch.empty(place.spec.shape, dtype=torch.bfloat16).normal_(0, 0.02)
-                out.write(memoryview(weight.view(torch.uint8).reshape(-1).numpy()))
+                left = place.spec.size
+                while left:  # one draw again and again: the merge does not care, and drawing billions takes minutes
+                    left -= out.write(drawn[: min(left, len(drawn))])
     if index:
         (base / "model.safetensors.index.json").write_bytes(index)
     (base / "config.json").write_text(json.dumps(config))
@@ -106,7 +107,25 @@ def main() -> None:
         copies, merges = [], []
         for _ in range(options.turns):
             copies.append(timed(["sh", "-c", f"cp -r {base} {out} && sync {out}/*"], folder, out))
-            merges.append(timed([sys.executable, "-c", MERGE, str(base), str(adapter), str(out)], folder, out))
+            merges.append(
+                timed(
+                    [
+                        sys.executable,
+                        "-m",
+                        "luthier",
+                        "export",
+                        str(adapter),
+                        str(out),
+                        "--to",
+                        "merged",
+                        "--base",
+                        str(base),
+                        "--no-proof",
+                    ],
+                    folder,
+                    out,
+                )
+            )
         told = {
             "size": options.size,
             "bytes": sum(path.stat().st_size for path in base.iterdir()),

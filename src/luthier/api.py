@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind
     folder = Path(path).expanduser().resolve()
     if live == "model" and adapter is not None:
         raise RequestError("the live model has no adapters.", code="no-such-adapter", where="adapter", remedy="Leave `adapter` out.")  # fmt: skip
+    if live == "adapter":
+        _refuse_grown(model, folder)
     if live == "adapter" and not stack.is_stacked(model):
         active = list(model.active_adapters)  # type: ignore[arg-type]
         if adapter is None and len(active) != 1:
@@ -98,6 +101,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind
         with activated(model, adapter or active[0]):
             return _saved(model, folder, tokenizer, live)
     return _saved(model, folder, tokenizer, live)
+
+
+def _refuse_grown(model: Any, folder: Path) -> None:
+    """An adapter names its base, and plain peft cannot put it on a base that lacks rows which the live one has."""
+    named = next(iter(model.peft_config.values())).base_model_name_or_path
+    config = Path(str(named or "")) / "config.json"
+    if not config.is_file():
+        return
+    told = json.loads(config.read_text(encoding="utf-8"))
+    there = told.get("vocab_size") or (told.get("text_config") or {}).get("vocab_size")
+    here = model.get_input_embeddings().weight.shape[0]
+    if isinstance(there, int) and there != here:
+        raise RequestError(
+            f"the vocabulary grew: the live model has {here} rows, and {named}, which the adapter would name as its base, {there}.",
+            code="grown-base",
+            where=os.fspath(folder),
+            remedy="Save it as one model: luthier.save(model.merge_and_unload(), path, tokenizer=tokenizer). "
+            "Or put the adapter on a base that was saved after it grew; a run does that by itself (RUN/base).",
+        )
 
 
 def _saved(model: nn.Module, folder: Path, tokenizer: Any, live: str) -> Written:

@@ -138,9 +138,11 @@ def test_saving_an_adapter_whose_base_grew_is_refused_and_merging_it_works(untie
     model = adapted(model, lora(modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path / "a")
     again, _ = luthier.load(tmp_path / "a", device="cpu")
-    with pytest.raises(luthier.ArtifactError) as refusal:
+    with pytest.raises(luthier.RequestError, match="330 rows") as refusal:
         luthier.save(again, tmp_path / "again", tokenizer=tokenizer)
-    assert refusal.value.code == "does-not-open"
+    assert refusal.value.code == "grown-base" and not (tmp_path / "again").exists()
+    luthier.save(again.merge_and_unload(), tmp_path / "one", tokenizer=tokenizer)  # what the remedy says
+    assert torch.allclose(logits(plain(tmp_path / "one")), logits(model), atol=1e-4)
     luthier.export(tmp_path / "a", tmp_path / "merged", to="merged", prove=False)
     assert torch.allclose(logits(plain(tmp_path / "merged")), logits(model), atol=1e-4)
 

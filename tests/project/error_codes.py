@@ -30,7 +30,7 @@ def _codes(call: ast.Call, name: str) -> Iterator[str]:
     if isinstance(keyword, ast.Constant) and isinstance(keyword.value, str):
         yield keyword.value
     texts = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-    if name == "Problem" or name == "_error":  # a code among texts
+    if name in ("Problem", "_error", "Finding"):  # a code among texts
         yield from (text for text in texts if _CODE.fullmatch(text))
     if name == "_broken" and len(call.args) == 5:  # (path, kind, code, message, remedy)
         yield from (a.value for a in call.args[2:3] if isinstance(a, ast.Constant))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,8 +33,8 @@ _OLD_PICKLE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 class Header:
     """A tensor file's header; `expected` is the size in bytes that it gives the file, `actual` the file's."""
 
-    places: dict[str, Place]
-    metadata: dict[str, str]
+    places: Mapping[str, Place]
+    metadata: Mapping[str, str]
     expected: int
     actual: int
 

@@ -119,6 +119,17 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def available_memory() -> int | None:
+    """Bytes of memory that could be had without swapping; None where nobody says."""
+    table = Path("/proc/meminfo")
+    for line in table.read_text().splitlines() if os.access(table, os.R_OK) else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):  # free pages alone: less than is available, never more
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def readable_size(size: float) -> str:
     """``1536`` as ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from luthier.errors import ArtifactError
 
@@ -28,14 +29,23 @@ def check_template(template: Any, where: str) -> None:
         ArtifactError: it does. A template that is no valid Jinja is left to what renders it.
     """
     for text in _texts(template):
-        for error in _findings(text):
-            error.where = where
-            raise error
+        found = _finding(text)
+        if found is not None:
+            remedy = "Do not open this folder; get it, or a template that you have read, from a source you trust."
+            raise ArtifactError(f"its chat template {found.why}.", code=found.code, where=where, remedy=remedy)
 
 
-def _error(code: str, why: str) -> ArtifactError:
-    remedy = "Do not open this folder; get it, or a template that you have read, from a source you trust."
-    return ArtifactError(f"its chat template {why}.", code=code, remedy=remedy)
+class Finding(NamedTuple):
+    """What is wrong with a template, and what it does."""
+
+    code: str
+    why: str
+
+
+@lru_cache(maxsize=64)
+def _finding(text: str) -> Finding | None:
+    """The first thing wrong with a template; opening a folder asks for the same one several times."""
+    return next(_findings(text), None)
 
 
 def _texts(template: Any) -> list[str]:
@@ -46,42 +56,43 @@ def _texts(template: Any) -> list[str]:
     return [text for item in template for text in _texts(item)] if isinstance(template, list) else []
 
 
-def _findings(text: str) -> Iterator[ArtifactError]:
+def _findings(text: str) -> Iterator[Finding]:
     from jinja2 import Environment, TemplateError, nodes
 
     if len(text) > LONGEST:
-        yield _error("template-exhausts", f"has {len(text)} characters")
+        yield Finding("template-exhausts", f"has {len(text)} characters")
         return
     try:  # parsing computes nothing; compiling would
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKERS.sub("", text))
     except TemplateError:
         return
     except RecursionError:
-        yield _error("template-exhausts", "is nested without end")
+        yield Finding("template-exhausts", "is nested without end")
         return
     try:
         yield from _in_tree(tree, nodes)
     except RecursionError:
-        yield _error("template-exhausts", "is nested without end")
+        yield Finding("template-exhausts", "is nested without end")
 
 
-def _in_tree(tree: Any, nodes: Any) -> Iterator[ArtifactError]:
+def _in_tree(tree: Any, nodes: Any) -> Iterator[Finding]:
     for node in tree.find_all((nodes.Getattr, nodes.Name, nodes.Const, nodes.Pow, nodes.For, nodes.Filter)):
         if isinstance(node, nodes.Getattr) and node.attr.startswith("__"):
-            yield _error("template-escape", f"reaches for {node.attr}, which leads to Python's inside")
+            yield Finding("template-escape", f"reaches for {node.attr}, which leads to Python's inside")
         elif isinstance(node, nodes.Const) and isinstance(node.value, str) and re.search(r"__\w+__", node.value):
-            yield _error("template-escape", f"holds the name {node.value[:60]!r}, which leads to Python's inside")
+            yield Finding("template-escape", f"holds the name {node.value[:60]!r}, which leads to Python's inside")
         elif isinstance(node, nodes.Const) and isinstance(node.value, int | float) and abs(node.value) > LARGEST_NUMBER:
-            yield _error(
-                "template-exhausts", f"counts to {node.value:g}" if abs(node.value) < 1e300 else "counts without end"
+            yield Finding(
+                "template-exhausts",
+                f"counts to {node.value:g}" if abs(node.value) < 1e300 else "counts without end",
             )
         elif isinstance(node, nodes.Pow) and not _small(node, nodes):
-            yield _error("template-exhausts", "raises to a power")
+            yield Finding("template-exhausts", "raises to a power")
         elif isinstance(node, nodes.For):
             yield from _in_loop(node, nodes)
     for node in tree.find_all(nodes.Mul):
         if _product(node, nodes) > LARGEST_NUMBER:
-            yield _error("template-exhausts", "multiplies to more than any conversation needs")
+            yield Finding("template-exhausts", "multiplies to more than any conversation needs")
 
 
 def _small(power: Any, nodes: Any) -> bool:
@@ -97,16 +108,16 @@ def _product(node: Any, nodes: Any) -> float:
     return 1
 
 
-def _in_loop(loop: Any, nodes: Any) -> Iterator[ArtifactError]:
+def _in_loop(loop: Any, nodes: Any) -> Iterator[Finding]:
     inner = [node for node in [loop, *loop.find_all(nodes.For)] if _over_range(node, nodes)]
     if len(inner) > _NESTED_RANGES and _depth(loop, nodes) > _NESTED_RANGES:
-        yield _error("template-exhausts", "counts within counting within counting")
+        yield Finding("template-exhausts", "counts within counting within counting")
     for assign in loop.find_all(nodes.Assign):
         for grown in (nodes.Add, nodes.Concat):
             for node in assign.node.find_all(grown) if not isinstance(assign.node, grown) else [assign.node]:
                 names = [_named(part, nodes) for part in (node.nodes if grown is nodes.Concat else (node.left, node.right))]  # fmt: skip
                 if any(name and names.count(name) > 1 for name in names):
-                    yield _error("template-exhausts", "doubles a text in a loop")
+                    yield Finding("template-exhausts", "doubles a text in a loop")
 
 
 def _over_range(loop: Any, nodes: Any) -> bool:

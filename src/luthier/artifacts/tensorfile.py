@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from luthier.artifacts.json_file import parse_object
 from luthier.errors import ArtifactError
@@ -23,6 +26,7 @@ DEFAULT_SHARD = 4 * 2**30
 MOST_DIMENSIONS = 64
 LARGEST_TENSOR = 2**62  # elements; a product beyond it overflows in other readers
 _LFS = b"version https://git-lfs"
+_SETTLED = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,10 @@ def plan_files(
     return files, json.dumps(index, indent=2).encode() + b"\n"
 
 
-def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str], int]:
+Header = tuple[Mapping[str, Place], Mapping[str, str], int]
+
+
+def read_header(path: Path) -> Header:
     """Read a file's header: places by tensor name, metadata, and the size that the header says the file has.
 
     The tensors' ranges must follow each other without a gap or an overlap, as the format says: bytes that belong to
@@ -124,6 +131,13 @@ def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str], int]:
     """
     if not path.is_file():  # reading a pipe or a device might never end
         raise _broken(path, "it is no regular file")
+    status = path.stat()
+    if time.time() - status.st_mtime < _SETTLED:  # it may change again within what the file system's clock tells apart
+        return _read_header(path)
+    return _remembered(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+def _read_header(path: Path) -> Header:
     try:
         with open(path, "rb") as file:
             actual = os.fstat(file.fileno()).st_size
@@ -140,7 +154,13 @@ def read_header(path: Path) -> tuple[dict[str, Place], dict[str, str], int]:
         places, metadata, end = _parsed(body, path.name)
     except ValueError as error:
         raise _broken(path, f"its header cannot be trusted: {error}") from None
-    return places, metadata, 8 + length + end
+    return MappingProxyType(places), MappingProxyType(metadata), 8 + length + end
+
+
+@lru_cache(maxsize=256)
+def _remembered(path: Path, identity: tuple[int, ...]) -> Header:
+    """A header is asked for by whoever looks at a folder, several times while it is opened; it is parsed once."""
+    return _read_header(path)
 
 
 def _parsed(body: bytes, file: str) -> tuple[dict[str, Place], dict[str, str], int]:

@@ -1,4 +1,4 @@
-"""torch's dtypes by the words that safetensors has for them."""
+"""torch's dtypes by the words that safetensors has for them, and a tensor's bytes."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ FROM_FILE = {name: dtype for dtype, name in TO_FILE.items()}
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     """A tensor's entry in a file; of a sharded tensor, the whole one's."""
     return TensorSpec(name, TO_FILE[tensor.dtype], tuple(tensor.shape))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, not a copy."""
+    flat = tensor.reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

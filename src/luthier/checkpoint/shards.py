@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as RowShard
 
+from luthier.checkpoint.dtypes import bytes_of
 from luthier.checkpoint.ranks import Ranks
 
 
@@ -26,8 +27,7 @@ class Shard:
     @property
     def bytes(self) -> memoryview:
         """The data's bytes, not a copy."""
-        flat = self.data.reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        return bytes_of(self.data)
 
 
 def stretch_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int] | None:

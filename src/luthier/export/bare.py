@@ -15,9 +15,12 @@ from luthier.export.unfinished import unfinished
 
 
 def export_bare(
-    weights: Weights, out: Path, *, base: Path | None, dtype: str | None, shard_bytes: int
+    weights: Weights, out: Path, *, base: Path | None, dtype: str | None, shard_bytes: int, read_back: bool = True
 ) -> tuple[str, list[str]]:
     """Write, read back, check and publish the folder; returns the class that opens it, and what is to be said.
+
+    Args:
+        base: the folder with config, tokenizer and processor; where None, the one the weights or their training name.
 
     Raises:
         RequestError: no base is known, or ``out`` exists.
@@ -27,7 +30,7 @@ def export_bare(
 
     def check(folder: Path, manifest: Manifest) -> str:
         nonlocal opens
-        said = check_written(folder, manifest)
+        said = check_written(folder, manifest) if read_back else "not read back"
         opens = check_architecture(folder, weights.path)
         return said
 

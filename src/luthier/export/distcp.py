@@ -13,9 +13,9 @@ from luthier.artifacts.files import forget_cached, inside, open_binary
 from luthier.artifacts.sharded import AGAIN, Block, Sharded, ShardedTensor, check_sharded
 from luthier.artifacts.tensorfile import BITS, TensorSpec, read_into
 from luthier.artifacts.torch_archive import SavedTensor, read_archive
-from luthier.checkpoint.dtypes import FROM_FILE
+from luthier.checkpoint.dtypes import FROM_FILE, bytes_of
 from luthier.errors import ArtifactError
-from luthier.export.source import Source, bytes_of
+from luthier.export.source import Source
 
 
 class ShardedSource(Source):

@@ -85,7 +85,7 @@ def export_folder(
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
     bare = bare_weights(sources[0]) if to == "transformers" and len(sources) == 1 else None
     if bare is not None:
-        opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes)
+        opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
         return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
     inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
@@ -103,7 +103,7 @@ def export_folder(
         proof = prove_merge(named, inner[0]) if prove and len(inner) == 1 and weights is None else None
         merge_folders(
             named, inner, out, dtype=dtype, weights=weights, shard_bytes=shard_bytes, expected_base=expected,
-            prove=proof, report=said.append,
+            prove=proof, check=check_written if prove else None, report=said.append,
         )  # fmt: skip
     else:
         said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
@@ -185,7 +185,8 @@ def _copy(
         with unfinished(out, [folder], options, said.append) as (partial, journal):
             kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
             written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, journal=journal)  # fmt: skip
-            said.append(check_written(partial, written.manifest))
+            if prove:
+                said.append(check_written(partial, written.manifest))
             late = {"proof.json": prove_copy(folder, word)(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
     return said

@@ -17,8 +17,7 @@ import torch
 
 from luthier.artifacts.files import forget_cached, inside, open_binary
 from luthier.artifacts.tensorfile import BITS, Place, TensorSpec, check_length, read_header, read_into
-from luthier.checkpoint.dtypes import FROM_FILE, TO_FILE, spec_of
-from luthier.checkpoint.shards import Shard
+from luthier.checkpoint.dtypes import FROM_FILE, TO_FILE, bytes_of, spec_of
 from luthier.errors import ArtifactError
 from luthier.models.pickles import read_nested, read_pickle
 
@@ -187,8 +186,3 @@ def _files(folder: Path, stem: str, ending: str) -> list[Path]:
 
 def _count(spec: TensorSpec) -> int:
     return spec.size * 8 // BITS[spec.dtype]
-
-
-def bytes_of(flat: torch.Tensor) -> memoryview:
-    """A flat tensor's bytes, not a copy."""
-    return Shard(flat, 0).bytes

@@ -23,10 +23,10 @@ from luthier.artifacts.direct import DirectFile
 from luthier.artifacts.files import free_bytes, full_disk_named, readable_size, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
-from luthier.checkpoint.dtypes import FROM_FILE
+from luthier.checkpoint.dtypes import FROM_FILE, bytes_of
 from luthier.errors import ArtifactError, LuthierError
 from luthier.export.lowrank import BLOCK, Change
-from luthier.export.source import Source, bytes_of
+from luthier.export.source import Source
 from luthier.export.unfinished import Journal
 
 WORKERS = 4

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from luthier.artifacts.files import available_memory
 from luthier.artifacts.tensorfile import read_header
 from luthier.config.schema import Precision
 from luthier.errors import RequestError
@@ -29,13 +29,7 @@ def free_bytes(device: str | torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    table = Path("/proc/meminfo")
-    for line in table.read_text().splitlines() if os.access(table, os.R_OK) else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):  # free pages alone: less than is available, never more
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return available_memory()
 
 
 def check_room(parameters: int, precision: Precision, device: str | torch.device, free: int | None) -> None:

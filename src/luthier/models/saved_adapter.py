@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from luthier.artifacts.names import PEFT, copies, renamed
 from luthier.artifacts.tensorfile import Place, read_header
 from luthier.errors import ArtifactError
+from luthier.models import expert_adapter
 from luthier.models.adapter_names import check_name
 from luthier.models.coverage import grouped
 from luthier.models.open import Base
@@ -45,7 +47,8 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
     check_name(name, str(folder))
     tokenizer = tokenizer_of(base, folder)
     config = _config(folder)
-    with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+    with _plain_folder(folder, prompts=config.is_prompt_learning, model=base.model) as plain:
+        config = _config(plain)
         places = read_header(plain / WEIGHTS)[0]
         _check_whole_modules(config, places, folder)
         if not isinstance(base.model, PeftModel):
@@ -82,7 +85,7 @@ def fit_vocabulary(base: Base, folder: Path) -> None:
     Raises: as `open_adapter`.
     """
     config = _config(folder)
-    with _plain_folder(folder, prompts=config.is_prompt_learning) as plain:
+    with _plain_folder(folder, prompts=config.is_prompt_learning, model=base.model) as plain:
         _fit(base, plain / WEIGHTS, config, tokenizer_of(base, folder))
 
 
@@ -146,12 +149,16 @@ def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, traina
 
 
 @contextmanager
-def _plain_folder(folder: Path, *, prompts: bool) -> Iterator[Path]:
+def _plain_folder(folder: Path, *, prompts: bool, model: Any) -> Iterator[Path]:
     """A folder that peft reads rightly: the adapter's own, or a passing copy with canonical names as safetensors."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     path = folder / WEIGHTS
     if path.is_file():
         names = list(read_header(path)[0])
-        if prompts or all(old == new for old, new in renamed(names, adapter=True, where=str(path)).items()):
+        single = not prompts and expert_adapter.are_single(list(renamed(names, adapter=True, where=str(path)).values()), inner)  # fmt: skip
+        if prompts or (
+            not single and all(old == new for old, new in renamed(names, adapter=True, where=str(path)).items())
+        ):
             yield folder
             return
         tensors = load_file(path)
@@ -168,7 +175,11 @@ def _plain_folder(folder: Path, *, prompts: bool) -> Iterator[Path]:
         plain = renamed(tensors, adapter=True, where=str(folder))
         tensors = {plain[name]: tensor for name, tensor in tensors.items() if name in plain}
     with TemporaryDirectory(prefix="luthier-") as passing:
-        shutil.copyfile(folder / CONFIG, Path(passing) / CONFIG)
+        if not prompts and expert_adapter.are_single(tensors, inner):
+            tensors, changed = expert_adapter.fuse(tensors, folder / CONFIG, inner)
+            (Path(passing) / CONFIG).write_text(json.dumps(changed))
+        else:
+            shutil.copyfile(folder / CONFIG, Path(passing) / CONFIG)
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, Path(passing) / WEIGHTS)
         yield Path(passing)
 
