@@ -147,6 +147,28 @@ def _write(kind, config, folder: Path, dtype: torch.dtype, seed: int, shard: str
     return folder
 
 
+def make_mllama(folder: Path | str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """A Llama-3.2-Vision in miniature as a transformers folder, with its processor's files."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+
+    text = MllamaTextConfig(
+        vocab_size=328, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, cross_attention_layers=[1], max_position_embeddings=256, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    vision = MllamaVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=4, image_size=28,
+        patch_size=14, max_num_tiles=2, vision_output_dim=64, intermediate_layers_indices=[0],
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )  # fmt: skip
+    config = MllamaConfig(vision_config=vision, text_config=text, image_token_index=320)
+    made = _write(MllamaForConditionalGeneration, config, Path(folder), dtype, seed, "5GB", 320)
+    (made / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "MllamaImageProcessor", "size": {"height": 28, "width": 28}, "max_image_tiles": 2}))  # fmt: skip
+    (made / "processor_config.json").write_text(json.dumps({"processor_class": "MllamaProcessor"}))
+    return made
+
+
 def make_gguf(path: Path | str, *, seed: int = 0, rule: str = "smollm", architecture: str = "llama") -> Path:
     """The model of `make_llama(seed=seed)` as a GGUF file with its tokenizer, weights in fp32.
 

@@ -163,10 +163,14 @@ def _parser(verb: str) -> ArgumentParser:
     if verb == "prove":
         add("--against", required=True, metavar="SRC", help="what PATH should equal")
     if verb == "export":
-        add("source", metavar="SRC", help="a run, RUN@best, a checkpoint, an adapter or a model folder")
-        add("target", metavar="DST", help="the folder to write; it must not exist")
+        add(
+            "source",
+            metavar="SRC",
+            help="a run, RUN@best, a checkpoint, an adapter, a model folder, or sharded weights",
+        )
+        add("target", metavar="DST", help="the folder to write; it must not exist, or be an unfinished export's")
         add("--to", required=True, metavar="FORM", help="merged, transformers or adapter")
-        add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
+        add("--base", metavar="PATH", help="the base under an adapter, or that sharded weights were trained from")
         add("--with", dest="others", action="append", default=[], metavar="PATH", help="a further adapter to merge in")
         add("--weights", metavar="W,W", help="a factor for each adapter, SRC's first (1 each)")
         add("--combine", metavar="METHOD", help="linear (the sum), ties, dare_linear, dare_ties or magnitude_prune")
@@ -175,7 +179,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("--onto", metavar="VALUES", help="over a quantised base: trained (the values it saw) or original (--base)")
         add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
-        add("--no-proof", action="store_true", help="don't open the result with plain libraries")
+        add("--no-proof", action="store_true", help="neither read the result back nor open it with plain libraries")
     if verb == "eval":
         add("data", metavar="DATA", help="a data file, or a run file whose data.eval is used")
         add("--against", metavar="PATH", help="a second artefact, measured side by side")

@@ -1,5 +1,6 @@
 """Every kind is told by what is in the folder, whatever the folder is called."""
 
+import json
 import os
 
 import pytest
@@ -57,7 +58,7 @@ def cookbook(folder):
 
 
 def hf_shards(folder):
-    tensor_file(folder / "shard-00001-model-00001-of-00001.safetensors", model_tensors(), metadata={"DCP_SHARDING_INFO": "{}"})  # fmt: skip
+    tensor_file(folder / "shard-00001-model-00001-of-00001.safetensors", model_tensors(), metadata={"DCP_SHARDING_INFO": json.dumps({name: {"saved_offsets": [0] * len(shape)} for name, (_, shape) in model_tensors().items()})})  # fmt: skip
 
 
 def quantised(folder):
@@ -159,3 +160,14 @@ def test_run_that_saved_nothing_says_so_and_what_to_do(tmp_path):
     assert (found.kind, found.whole) == ("run", True)
     assert [problem.code for problem in found.problems] == ["nothing-saved"]
     assert "luthier resume" in show(found)
+
+
+def test_sharded_folder_is_described_by_its_metadata(tmp_path):
+    found = identify(make_distcp(tmp_path / "d", ranks=3))
+    assert (found.whole, found.precision, found.parameters, found.facts["files"]) == (True, "fp32", 9, 3)
+    assert "luthier export" in found.opens_with
+    data = (tmp_path / "d/.metadata").read_bytes()
+    (tmp_path / "d/.metadata").write_bytes(data.replace(b"TensorProperties", b"TensorPropertiez"))
+    assert [problem.code for problem in identify(tmp_path / "d").faults] == ["pickle-code"]
+    (tmp_path / "d/.metadata").write_bytes(data[:-40])
+    assert [problem.code for problem in identify(tmp_path / "d").faults] == ["sharded-damaged"]

@@ -14,9 +14,10 @@ import torch
 import yaml
 from jinja2 import Environment
 from tiny import make_llama
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
-from luthier.api import load
+from luthier.api import export, load
 from luthier.artifacts.identify import identify
 from luthier.artifacts.show import show
 from luthier.artifacts.verify import verify_all
@@ -84,6 +85,17 @@ def test_pickle_with_code_is_refused_where_it_is_all_there_is(name, model, tmp_p
     with pytest.raises((RequestError, ArtifactError)):
         load(folder, base=model)
     assert not marker.exists()
+
+
+def test_code_in_a_sharded_checkpoints_metadata_runs_for_torch_and_not_here(model, tmp_path, marker):
+    folder = tmp_path / "x"
+    attack("pickle_metadata", folder, marker)
+    assert asked(folder) == ["pickle-code"]
+    with pytest.raises(RequestError, match=r"io\.open"):
+        export(folder, tmp_path / "out", to="transformers", base=model)
+    assert not marker.exists()
+    dcp_to_torch_save(folder, tmp_path / "x.pt")
+    assert marker.exists()
 
 
 def test_pickle_under_a_models_own_name_is_refused(folder, marker):

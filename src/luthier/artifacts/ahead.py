@@ -35,7 +35,9 @@ def _named_base(adapter: Path) -> Path | None:
 
 def _read(folders: list[Path]) -> None:
     left = (available_memory() or 0) // _SHARE
-    for path in [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]:
+    for path in [
+        path for folder in folders for path in sorted(folder.glob("*.*")) if path.suffix in (".safetensors", ".distcp")
+    ]:
         try:
             descriptor = open_binary(path, os.O_RDONLY)
         except OSError:

@@ -15,6 +15,8 @@ from luthier.artifacts.lineage import Ancestor, lineage
 from luthier.artifacts.manifest import Problem
 from luthier.artifacts.names import is_adapters
 from luthier.artifacts.run_folder import published, stages_of
+from luthier.artifacts.sharded import check_sharded, read_sharded
+from luthier.artifacts.sharded_model import model_tensors
 from luthier.artifacts.tensorfile import TensorSpec, read_header
 from luthier.artifacts.weight_facts import adapter_facts, adapter_of_names, count, precision_of
 from luthier.config.yaml_text import load as load_yaml
@@ -22,7 +24,7 @@ from luthier.errors import ArtifactError, RequestError
 
 PLAIN_MODEL = "AutoModelForCausalLM.from_pretrained"
 PLAIN_ADAPTER = "PeftModel.from_pretrained, AutoPeftModelForCausalLM.from_pretrained"
-NOT_YET = "nothing directly; torch's own converter first (torch.distributed.checkpoint.format_utils dcp_to_torch)"
+CONVERTED = "nothing directly; luthier export … --to transformers makes a transformers folder of it"
 
 
 @dataclass
@@ -285,11 +287,21 @@ def _ways(result: Artifact, contents: Contents) -> str:
 
 
 def _distcp(contents: Contents) -> Artifact:
-    found = Artifact(contents.path, "distcp", problems=problems.of_distcp(contents), opens_with=NOT_YET)
-    specs = [place.spec for _, place in contents.tensors()]
-    _measure(found, specs, {})
+    found = Artifact(contents.path, "distcp", problems=problems.of_distcp(contents), opens_with=CONVERTED)
     found.facts["files"] = len([n for n in contents.files if n.endswith((".distcp", ".safetensors"))])
     found.facts["wrote"] = "llama-cookbook" if "train_params.yaml" in contents.files else "torch.distributed.checkpoint"
+    if found.faults:
+        return found
+    found.problems = [problem for problem in found.problems if problem.code != "stranger"]  # said better below
+    try:
+        saved = read_sharded(contents.path)
+        tensors, left = model_tensors(saved)
+        check_sharded(saved, tensors.values())
+    except (ArtifactError, RequestError) as error:
+        found.problems.append(problems.from_error(error))
+        return found
+    _measure(found, [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], {})
+    found.facts["beside_the_model"] = len(left)
     return found
 
 

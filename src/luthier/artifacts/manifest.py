@@ -301,17 +301,20 @@ def verify(folder: Path, *, threads: int = 4) -> tuple[Manifest | None, list[Pro
     manifest, problems = check_whole(folder)
     if manifest is None:
         return None, problems
+    return manifest, problems + read_back(folder, manifest, threads=threads)
+
+
+def read_back(folder: Path, manifest: Manifest, *, threads: int = 4) -> list[Problem]:
+    """Compare the bytes of every file with the manifest's digests, also before the manifest is written."""
     by_file: dict[str, list[Digest]] = {}
     for digest in manifest.digests:
         by_file.setdefault(digest.file, []).append(digest)
     uncovered = [name for name in manifest.files if manifest.files[name] and name not in by_file]
-    problems += [
-        Problem("undigested", f"{name} has no digest in the manifest.", "Save it again.") for name in uncovered
-    ]
+    problems = [Problem("undigested", f"{name} has no digest in the manifest.", "Save it again.") for name in uncovered]
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(lambda item: _verify_file(folder, manifest, *item), by_file.items()):
             problems += found
-    return manifest, problems
+    return problems
 
 
 def _verify_file(folder: Path, manifest: Manifest, name: str, digests: list[Digest]) -> list[Problem]:

@@ -18,14 +18,11 @@ from luthier.artifacts.manifest import Problem
 from luthier.artifacts.names import PEFT, copies, is_adapters, of_adapter, unwrapped
 from luthier.artifacts.templates import LONGEST, check_template
 from luthier.artifacts.tensorfile import Place
-from luthier.errors import ArtifactError
+from luthier.errors import ArtifactError, RequestError
 
 AGAIN = "Get the file again."
 MEND = "`luthier mend SRC DST` writes a repaired copy."
-CONVERT = (
-    "Where you trust the folder (its .metadata is a pickle): `python -m torch.distributed.checkpoint.format_utils "
-    "dcp_to_torch FOLDER model.pt`, then `luthier mend model.pt DST --base BASE`."
-)
+CONVERT = "`luthier export FOLDER DST --to transformers --base BASE` makes a transformers folder of it; BASE needs its config, tokenizer and processor only."  # fmt: skip
 _ZERO_CHECK = 64 * 2**20  # bytes of lora_B that are read to tell an adapter that never trained
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _EMBEDDINGS = (
@@ -297,6 +294,6 @@ def of_base(base: dict[str, Any] | None) -> list[Problem]:
     return []
 
 
-def from_error(error: ArtifactError) -> Problem:
+def from_error(error: ArtifactError | RequestError) -> Problem:
     """An error as a problem."""
     return Problem(error.code, error.message, error.remedy)

@@ -19,8 +19,11 @@ from luthier.errors import RequestError
 MARK = ".partial-"
 
 
-def begin(target: Path) -> Path:
+def begin(target: Path, *, keep: bool = False) -> Path:
     """Make the hidden folder that will become ``target``.
+
+    Args:
+        keep: leave what an interrupted call has in it; the caller knows what that is worth.
 
     Raises:
         RequestError: the target exists already.
@@ -29,9 +32,9 @@ def begin(target: Path) -> Path:
         raise RequestError("this folder exists already.", code="exists", where=str(target), remedy="Give another name, or move it away.")  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f"{MARK}{target.name}"
-    if partial.exists():
+    if partial.exists() and not keep:
         shutil.rmtree(partial)
-    partial.mkdir()
+    partial.mkdir(exist_ok=keep)
     return partial
 
 

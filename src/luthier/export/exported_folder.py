@@ -15,6 +15,7 @@ from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of,
 from luthier.errors import RequestError
 from luthier.export.source import SafetensorsSource, Source
 from luthier.export.stream import Output
+from luthier.export.unfinished import forget
 
 WORDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -165,6 +166,7 @@ def publish_folder(
     own = weights if config is None else fingerprint.combine(weights, config)
     told = {key: value for key, value in facts.items() if value is not None}
     told |= {"fingerprint": own, "versions": versions()}
+    forget(partial)
     publish.finish(partial, out, replace(manifest, files=files, digests=tuple(digests), facts=told))
 
 

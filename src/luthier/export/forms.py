@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +10,22 @@ from typing import Any
 
 from luthier.artifacts import identify as artifacts
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts import publish
 from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.bare import export_bare
 from luthier.export.combine import combination_of
 from luthier.export.dequantise import dequantised
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
+from luthier.export.read_back import check_written
+from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
+from luthier.export.unfinished import unfinished
 
 FORMS = ("merged", "transformers", "adapter")
 ONTO = ("trained", "original")
@@ -37,10 +39,12 @@ class Exported:
     kind: str
     opens_with: str
     proof: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         proof = self.proof or "not proven"
-        return f"{self.path}: {self.kind}; {proof}\nopen it: {self.opens_with}({str(self.path)!r})"
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        return f"{self.path}: {self.kind}; {proof}{notes}\nopen it: {self.opens_with}({str(self.path)!r})"
 
 
 def weights_of(text: str | None) -> list[float] | None:
@@ -90,8 +94,12 @@ def export_folder(
     """
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
-    inner = [weights_folder(source) for source in sources]
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
+    bare = bare_weights(sources[0]) if to == "transformers" and len(sources) == 1 else None
+    if bare is not None:
+        opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
+        return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
+    inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
@@ -104,6 +112,7 @@ def export_folder(
     combination = combination_of(combine, density, seed)
     if combination is not None and len(inner) == 1:
         raise RequestError("there is one adapter, and nothing to combine it with.", code="combine", where="--combine", remedy="Name the others by --with.")  # fmt: skip
+    said: list[str] = []
     if to == "merged":
         chosen = _choose_base(inner[0], sources[0], base, onto)
         named, expected, proof = chosen.folder, chosen.fingerprint, None
@@ -112,14 +121,14 @@ def export_folder(
                 chosen.live, inner[0], chosen.onto, chosen.other
             )  # fmt: skip
         merge_folders(
-            named, inner, out, dtype=dtype, weights=weights, combination=combination, shard_bytes=shard_bytes, expected_base=expected,
-            prove=proof,
+            named, inner, out, dtype=dtype, weights=weights, combination=combination, shard_bytes=shard_bytes,
+            expected_base=expected, prove=proof, check=check_written if prove else None, report=said.append,
         )  # fmt: skip
     else:
-        _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
+        said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
     told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
-    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None)
+    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None, tuple(said))
 
 
 @dataclass(frozen=True)
@@ -224,9 +233,10 @@ def base_of(adapter: Path, source: Path) -> tuple[Path, str | None]:
 
 def _copy(
     folder: Path, out: Path, dtype: str | None, shard_bytes: int, prove: bool, *, adapter: bool
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """A model's or an adapter's folder again: other shards, another dtype, safetensors instead of pickles."""
     folders.check_target(out, [folder])
+    said: list[str] = []
     stem = "adapter_model" if adapter else "model"
     config = None if adapter else folders.read_config(folder)
     word = folders.word_of(dtype)
@@ -243,16 +253,16 @@ def _copy(
         else:
             config = folders.changed_config(config, outputs)
             small["config.json"] = folders.as_json(config)
-        partial = publish.begin(out)
-        try:
+        options = ["adapter" if adapter else "transformers", dtype, shard_bytes]
+        with unfinished(out, [folder], options, said.append) as (partial, journal):
             kind = "adapter" if adapter else "merged" if told and told.kind == "merged" else "model"
-            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes)  # fmt: skip
+            written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, journal=journal)  # fmt: skip
+            if prove:
+                said.append(check_written(partial, written.manifest))
             proof = prove_copy(folder, word) if source is files else prove_dequantised(folder)
             late = {"proof.json": proof(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial)
+    return said
 
 
 def _as_is(source: Source, name: str, word: str | None) -> Output:

@@ -6,13 +6,12 @@ never takes its place; its manifest names the base and the adapters it was made 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from luthier.artifacts import publish
+from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError
 from luthier.export import exported_folder as folders
@@ -20,8 +19,10 @@ from luthier.export.adapter import Adapter, open_adapters
 from luthier.export.combine import Combination
 from luthier.export.dequantise import dequantised
 from luthier.export.merge_plan import plan_merge
+from luthier.export.read_back import check_written
 from luthier.export.source import open_source
 from luthier.export.stream import write_stream
+from luthier.export.unfinished import unfinished
 
 
 def merge_folders(
@@ -38,6 +39,8 @@ def merge_folders(
     tokenizer: Mapping[str, bytes] | None = None,
     facts: Mapping[str, Any] | None = None,
     prove: Callable[[Path], bytes] | None = None,
+    check: Callable[[Path, Manifest], str] | None = check_written,
+    report: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Merge one adapter, or a weighted sum of several, into its base and publish the folder ``out``.
 
@@ -52,6 +55,8 @@ def merge_folders(
         tokenizer: the tokenizer's files, where neither the adapter's nor the base's is wanted.
         facts: what the manifest says in place of what is found, such as ``parents``.
         prove: is given the folder before it has its name, returns ``proof.json``, and raises where the proof fails.
+        check: compares what is on the device with the digests before the folder gets its name, and returns a sentence.
+        report: is given sentences to be said.
 
     Raises:
         RequestError: ``out`` exists or lies in a source, the adapter is merged into this base already, or is of a method
@@ -70,11 +75,11 @@ def merge_folders(
         config = folders.changed_config(config, plan.outputs, untied=plan.untied, vocabulary=plan.vocabulary)
         small = folders.companions([base, *several]) if tokenizer is None else folders.companions([base]) | dict(tokenizer)  # fmt: skip
         small["config.json"] = folders.as_json(config)
-        partial = publish.begin(out)
-        try:
+        options = ["merged", dtype, weights, asdict(combination) if combination else None, shard_bytes]
+        with unfinished(out, [base, *several], options, report) as (partial, journal):
             written = write_stream(
                 partial, plan.outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
-                shard_bytes=shard_bytes, witness=files,
+                shard_bytes=shard_bytes, witness=files, journal=journal,
             )  # fmt: skip
             fingerprint = folders.fingerprint_of_base(base, files, written.source_digests)
             if expected_base and fingerprint and fingerprint != expected_base:
@@ -89,11 +94,10 @@ def merge_folders(
             if combination is not None:
                 facts = {"combined": asdict(combination), **(facts or {})}
             told = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None, **(facts or {})}
+            if check is not None:
+                report(check(partial, written.manifest))
             late = {"proof.json": prove(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, told, config=config, late=late)
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial)
     return out
 
 

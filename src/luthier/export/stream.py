@@ -27,6 +27,7 @@ from luthier.checkpoint.dtypes import FROM_FILE, bytes_of
 from luthier.errors import ArtifactError, LuthierError
 from luthier.export.lowrank import BLOCK, Change
 from luthier.export.source import Source
+from luthier.export.unfinished import Journal
 
 WORKERS = 4
 FLUSH_EVERY = 0.5  # seconds
@@ -74,18 +75,23 @@ def write_stream(
     metadata: Mapping[str, str],
     shard_bytes: int = DEFAULT_SHARD,
     witness: Source | None = None,
+    journal: Journal | None = None,
 ) -> Written:
     """Write tensors and small files into the empty folder ``target``; the manifest is returned, not written.
 
     Args:
         witness: a source whose own stretches are digested on the way, for its fingerprint.
+        journal: what an interrupted call has left in ``target``, which is taken over.
 
     Raises:
         LuthierError: there is less room than the files need.
     """
     files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
     wholes = {**small, **({f"{stem}.safetensors.index.json": index} if index else {})}
-    check_room(target, sum(file.size for file in files) + sum(len(data) for data in wholes.values()))
+    if journal is not None:
+        journal.begin(b"".join(file.header for file in files) + digest_of(b"".join(wholes[n] for n in sorted(wholes))).encode())  # fmt: skip
+    allocated = sum(_allocated(target / file.name) for file in files)
+    check_room(target, sum(file.size for file in files) + sum(len(data) for data in wholes.values()) - allocated)
     by_name = {output.spec.name: output for output in outputs}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the workers are the threads
@@ -93,7 +99,7 @@ def write_stream(
         with full_disk_named(target):
             for name, data in wholes.items():
                 write_file(target / name, data)
-            digests, seen = _write_files(target, files, by_name, witness)
+            digests, seen = _write_files(target, files, by_name, witness, journal)
     finally:
         torch.set_num_threads(threads)
     sizes = {name: len(data) for name, data in wholes.items()} | {file.name: file.size for file in files}
@@ -117,7 +123,11 @@ def check_room(target: Path, needed: int) -> None:
 
 
 def _write_files(
-    target: Path, files: Sequence[FilePlan], outputs: Mapping[str, Output], witness: Source | None
+    target: Path,
+    files: Sequence[FilePlan],
+    outputs: Mapping[str, Output],
+    witness: Source | None,
+    journal: Journal | None,
 ) -> tuple[list[Digest], dict[tuple[str, int], Digest]]:
     opened: dict[str, DirectFile] = {}
     digests: list[Digest] = []
@@ -128,8 +138,8 @@ def _write_files(
             opened[file.name].write(memoryview(bytearray(file.header)), 0)
             digests.append(Digest(file.name, 0, len(file.header), digest_of(file.header)))
         flusher = _Flusher([file.descriptor for file in opened.values() if not file.direct])
-        worker = _Worker(opened, outputs, witness, digests, seen)
-        pieces = [(file, place, *piece) for file in files for place in file.places for piece in _pieces(place)]
+        worker = _Worker(opened, outputs, witness, digests, seen, journal)
+        pieces = [(file, place, *piece) for file in files for place in file.places for piece in _pieces(place) if not worker.has(file, place, *piece)]  # fmt: skip
         with ThreadPoolExecutor(WORKERS, "export") as pool, flusher:
             futures = [pool.submit(worker.write, *piece) for piece in pieces]
             try:
@@ -145,6 +155,14 @@ def _write_files(
         for written in opened.values():
             written.close()
     return digests, seen
+
+
+def _allocated(path: Path) -> int:
+    """Bytes that a file has on its device."""
+    if not path.is_file():
+        return 0
+    status = path.stat()
+    return min(status.st_size, getattr(status, "st_blocks", 0) * 512)
 
 
 def _pieces(place: Place) -> list[tuple[int, int]]:
@@ -193,13 +211,23 @@ class _Worker:
         witness: Source | None,
         digests: list[Digest],
         seen: dict[tuple[str, int], Digest],
+        journal: Journal | None,
     ) -> None:
         self._opened = opened
         self._outputs = outputs
         self._witness = witness
         self._digests = digests
         self._seen = seen
+        self._journal = journal
         self._local = threading.local()
+
+    def has(self, file: FilePlan, place: Place, offset: int, length: int) -> bool:
+        """Whether an interrupted call has written a stretch; its digests are noted as if it were written now."""
+        found = self._journal.done.get((file.name, offset)) if self._journal else None
+        if found is None or found[0].length != length:
+            return False
+        self._note(place, *found)
+        return True
 
     def write(self, file: FilePlan, place: Place, offset: int, length: int) -> None:
         output = self._outputs[place.spec.name]
@@ -217,11 +245,19 @@ class _Worker:
         data = bytes_of(out)
         digest = digest_of(data)
         self._opened[file.name].write(data, offset)
-        self._digests.append(Digest(file.name, offset, length, digest))
+        written = Digest(file.name, offset, length, digest)
+        if self._journal is not None:
+            self._journal.add(written, before)
+        self._note(place, written, before)
+
+    def _note(self, place: Place, written: Digest, before: str | None) -> None:
+        self._digests.append(written)
+        output = self._outputs[place.spec.name]
         at = output.source.place(output.name)
-        if output.source is self._witness and at is not None and same:
-            begin = at.offset + start * width
-            self._seen[at.file, begin] = Digest(at.file, begin, length, before or digest)
+        original = output.source.specs[output.name]
+        if output.source is self._witness and at is not None and original.dtype == place.spec.dtype:
+            begin = at.offset + written.offset - place.offset
+            self._seen[at.file, begin] = Digest(at.file, begin, written.length, before or written.blake3)
 
     def _compute(
         self, output: Output, original: TensorSpec, start: int, out: torch.Tensor, *, digest_before: bool
