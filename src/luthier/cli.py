@@ -29,7 +29,7 @@ VERBS = {
     "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
     "export": (
         "SRC DST --to FORM",
-        "write another form: merged, transformers (re-shard, cast) or adapter; streams; proves",
+        "write another form: merged, transformers (re-shard, cast), adapter or gguf; streams; proves",
     ),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
     "mend": ("SRC DST [--base PATH]", "write a repaired copy where the remedy is certain"),
@@ -165,11 +165,12 @@ def _parser(verb: str) -> ArgumentParser:
     if verb == "export":
         add("source", metavar="SRC", help="a run, RUN@best, a checkpoint, an adapter or a model folder")
         add("target", metavar="DST", help="the folder to write; it must not exist")
-        add("--to", required=True, metavar="FORM", help="merged, transformers or adapter")
+        add("--to", required=True, metavar="FORM", help="merged, transformers, adapter or gguf")
         add("--base", metavar="PATH", help="the base under an adapter, where it isn't where the adapter says")
         add("--with", dest="others", action="append", default=[], metavar="PATH", help="a further adapter to merge in")
         add("--weights", metavar="W,W", help="a factor for each adapter, SRC's first (1 each)")
         add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
+        add("--quant", metavar="KIND", help="with --to gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M (F16)")
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
         add("--no-proof", action="store_true", help="don't open the result with plain libraries")
     if verb == "eval":
@@ -326,7 +327,7 @@ def _export(options: Namespace) -> int:
     made = export_folder(
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
         base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
-        weights=weights_of(options.weights), prove=not options.no_proof,
+        weights=weights_of(options.weights), quant=options.quant, prove=not options.no_proof,
     )  # fmt: skip
     print(made)
     return 0

@@ -17,13 +17,14 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.gguf import export_gguf
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
 
-FORMS = ("merged", "transformers", "adapter")
+FORMS = ("merged", "transformers", "adapter", "gguf")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def export_folder(
     dtype: str | None = None,
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
+    quant: str | None = None,
     prove: bool = True,
 ) -> Exported:
     """Export to ``merged``, ``transformers`` or ``adapter``.
@@ -76,6 +78,8 @@ def export_folder(
         RequestError: the form is unknown or does not go with what is there, or ``out`` exists.
         ArtifactError: a source is damaged or does not fit, or the proof failed.
     """
+    if quant is not None and to != "gguf":
+        raise RequestError("--quant is the form gguf's.", code="form", where="--quant", remedy="Leave it out, or export --to gguf.")  # fmt: skip
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
     inner = [weights_folder(source) for source in sources]
@@ -83,6 +87,9 @@ def export_folder(
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
+    if to == "gguf" and len(inner) == 1:
+        made = export_gguf(inner[0], out, quant=quant)
+        return Exported(out / made.file, to, "llama-server -m ")
     if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged or adapter" if is_adapter[0] else "transformers"

@@ -81,16 +81,20 @@ def write_stream(
     metadata: Mapping[str, str],
     shard_bytes: int = DEFAULT_SHARD,
     witness: Source | None = None,
+    planned: list[FilePlan] | None = None,
 ) -> Written:
     """Write tensors and small files into the empty folder ``target``; the manifest is returned, not written.
 
     Args:
         witness: a source whose own stretches are digested on the way, for its fingerprint.
+        planned: the files of another format, laid out already.
 
     Raises:
         LuthierError: there is less room than the files need.
     """
-    files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
+    files, index = planned, None
+    if files is None:
+        files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
     wholes = {**small, **({f"{stem}.safetensors.index.json": index} if index else {})}
     check_room(target, sum(file.size for file in files) + sum(len(data) for data in wholes.values()))
     by_name = {output.spec.name: output for output in outputs}

@@ -1,0 +1,42 @@
+"""What lies beside a GGUF for those who serve it: a Modelfile for Ollama, and a card with the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from luthier.export.gguf import GgufMade
+
+
+def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:
+    """Ollama's Modelfile."""
+    lines = [f"FROM ./{file}"]
+    texts = [tokenizer.convert_ids_to_tokens(index) for index in stops]
+    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in texts if isinstance(text, str)]
+    return "\n".join(lines) + "\n"
+
+
+def card(made: GgufMade, source: Path, name: str, proof: bytes | None) -> str:
+    """The folder's README.md: what it is, how it is served, what was proven and what to know."""
+    told = json.loads(proof) if proof else None
+    lines = [
+        f"# {name}",
+        "",
+        f"`{made.file}`: a GGUF ({made.quant}) of `{source.name}`, written by Luthier.",
+        "",
+        "```sh",
+        f"llama-server -m {made.file}                 # llama.cpp; an OpenAI-compatible server",
+        f"llama-cli -m {made.file} -p 'Hello'",
+        f"ollama create {name.lower()} -f Modelfile && ollama run {name.lower()}",
+        "```",
+        "",
+        f"Proof: {told['verdict']}: {told['says']} Compared: {told['compared']}." if told else "It was not proven.",
+    ]
+    if made.notes:
+        lines += ["", "To know:", "", *(f"- {note}" for note in made.notes)]
+    return "\n".join(lines) + "\n"
