@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from gguf_models import MODELS, make_model
 from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier.cli import main
+from luthier.export.to_gguf import export_gguf
 
 IDS = torch.tensor([[5, 6, 7, 100, 3, 255, 12]])
 
@@ -37,3 +39,14 @@ def test_f32_file_opens_as_the_same_model(llama, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_answers_what_the_model_answers(name, tmp_path):
+    folder = make_model(name, tmp_path / "model")
+    export_gguf(folder, tmp_path / "out", quant="F32")
+    proof = json.loads((tmp_path / "out/proof.json").read_text())
+    assert proof["verdict"] == "passed", proof
+    assert "tokens of" in proof["compared"] and "greedy answer of 16 tokens" in proof["compared"]
+    assert proof["max_difference"] < 0.01 and proof["effect"] == 0

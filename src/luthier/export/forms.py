@@ -17,12 +17,12 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.gguf import export_gguf
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
+from luthier.export.to_gguf import export_gguf
 
 FORMS = ("merged", "transformers", "adapter", "gguf")
 
@@ -88,8 +88,8 @@ def export_folder(
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
     if to == "gguf" and len(inner) == 1:
-        made = export_gguf(inner[0], out, quant=quant)
-        return Exported(out / made.file, to, "llama-server -m ")
+        made = export_gguf(inner[0], out, quant=quant, prove=prove)
+        return Exported(out / made.file, to, "llama-server -m ", made.proof)
     if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged or adapter" if is_adapter[0] else "transformers"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
-    from luthier.export.gguf import GgufMade
+    from luthier.export.to_gguf import GgufMade
 
 
 def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:
@@ -19,6 +19,12 @@ def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int
     texts = [tokenizer.convert_ids_to_tokens(index) for index in stops]
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in texts if isinstance(text, str)]
     return "\n".join(lines) + "\n"
+
+
+def verdict(proof: bytes | None) -> str | None:
+    """What a proof says, in a line."""
+    told = json.loads(proof) if proof else None
+    return f"{told['verdict']}: {told['says']}" if told else None
 
 
 def card(made: GgufMade, source: Path, name: str, proof: bytes | None) -> str:

@@ -91,7 +91,9 @@ class GgufBytes(Source):
         width = tensor.shape[-1]
         if tensor.values is not None:
             return tensor.values.reshape(-1, width)[low:high].float()
-        if tensor.heads:
+        if tensor.heads and len(tensor.shape) == 1:  # a bias: its elements are the rows
+            rows = self._read(tensor, 0, 1).view(tensor.heads, 2, -1).transpose(1, 2).reshape(1, width)
+        elif tensor.heads:
             group = tensor.rows // tensor.heads
             first, last = low // group * group, -(-high // group) * group
             whole = self._read(tensor, first, last).view(-1, 2, group // 2, width)

@@ -230,6 +230,13 @@ def names_in_gguf(architecture: str, config: PreTrainedConfig) -> dict[str, str 
     return {name: table.get_name(name, (".weight", ".bias")) for name in expected}
 
 
+def weights_in_gguf(plan: Plan, config: PreTrainedConfig) -> dict[str, tuple[str, int, float]]:
+    """Every planned weight by its name in a text-only model: what the file calls it, its heads, and what is added."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    named = names_in_gguf(plan.architecture, config).items()
+    return {name: (target, planned[target].heads, planned[target].plus) for name, target in named if target in planned}
+
+
 def heads_of(architecture: str, target: str, config: PreTrainedConfig) -> int:
     """Among how many heads a tensor's rows are interleaved; 0 where they are not."""
     if architecture != "llama":

@@ -32,7 +32,7 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
         probe = _probe(folder, "float32")
         found = plain_answers(folder, probe, tokenizer=False)
         expected = plain_answers(adapter, probe, base=str(base), rounding=ROUNDING[dtype], tokenizer=False)
-        return _checked(within(expected, found, dtype=dtype, device="cpu"), folder)
+        return checked(within(expected, found, dtype=dtype, device="cpu"), folder)
 
     return prove
 
@@ -50,12 +50,17 @@ def prove_copy(source: Path, word: str | None) -> Callable[[Path], bytes]:
             expected = plain_answers(source, probe, tokenizer=asked)
         except ArtifactError as error:
             return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", f"the source does not open: {error.message}").to_bytes()  # fmt: skip
-        return _checked(compare(expected, plain_answers(folder, probe, tokenizer=asked), device="cpu"), folder)
+        return checked(compare(expected, plain_answers(folder, probe, tokenizer=asked), device="cpu"), folder)
 
     return prove
 
 
-def _checked(proof: Proof, folder: Path) -> bytes:
+def checked(proof: Proof, folder: Path) -> bytes:
+    """The proof as a file.
+
+    Raises:
+        ArtifactError: it failed.
+    """
     if proof.verdict == "failed":
         raise ArtifactError(
             f"the proof failed: {proof.says} Nothing was published.",

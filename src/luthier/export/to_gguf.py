@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts import publish
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.gguf_card import card, modelfile
+from luthier.export.gguf_card import card, modelfile, verdict
 from luthier.export.gguf_file import GgufBytes, plan_gguf
 from luthier.export.gguf_mix import QUANTS, mix, quant_of
-from luthier.export.gguf_names import plan_model
+from luthier.export.gguf_names import plan_model, weights_in_gguf
+from luthier.export.gguf_proof import prove_gguf
 from luthier.export.gguf_tokenizer import open_tokenizer, stop_ids, tokenizer_metadata
 from luthier.export.source import open_source
 from luthier.export.stream import Output, write_stream
@@ -32,6 +33,7 @@ class GgufMade:
     file: str
     quant: str
     notes: list[str] = field(default_factory=list)
+    proof: str | None = None
 
 
 def export_gguf(
@@ -39,13 +41,13 @@ def export_gguf(
     out: Path,
     *,
     quant: str | None = None,
-    prove: Callable[[Path, GgufMade], bytes] | None = None,
+    prove: bool = True,
 ) -> GgufMade:
     """Write a transformers folder as a GGUF file, and publish the folder ``out`` that holds it.
 
     Args:
         quant: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M; F16 if None.
-        prove: is given the folder before it has its name, returns ``proof.json``, and raises where the proof fails.
+        prove: ask llama.cpp, or where it is not installed transformers, what the file answers.
 
     Raises:
         RequestError: llama.cpp has no place for something in the model or its tokenizer, or ``out`` exists.
@@ -66,7 +68,7 @@ def export_gguf(
         metadata = {
             "general.architecture": plan.architecture,
             "general.type": "model",
-            "general.name": _title(folder, out, plan.architecture),
+            "general.name": _title(folder, out, tokenizer),
             "general.file_type": int(QUANTS[name][1]),
             "general.quantization_version": 2,
             **plan.metadata,
@@ -79,7 +81,11 @@ def export_gguf(
             outputs = [Output(tensor.spec, packed, tensor.name) for tensor in tensors]
             small = {"Modelfile": modelfile(made.file, tokenizer, stops).encode()}
             written = write_stream(partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=[file])
-            late = {"proof.json": prove(partial, made)} if prove else {}
+            prover = prove_gguf(
+                folder, config, tokenizer, weights_in_gguf(plan, config.get_text_config()), source.specs
+            )
+            late = {"proof.json": prover(partial / made.file)} if prove else {}
+            made.proof = verdict(late.get("proof.json"))
             late["README.md"] = card(made, folder, out.name, late.get("proof.json")).encode()
             folders.publish_folder(partial, out, written.manifest, _facts(folder), config=None, late=late)
         finally:
@@ -109,10 +115,17 @@ def _fallen(fallen: dict[str, str]) -> list[str]:
     return [f"The rows of {len(names)} tensors ({listed}) do not fill whole blocks, so these are {' or '.join(kinds)}: the file is larger and nearer to the original than its name says."]  # fmt: skip
 
 
-def _title(folder: Path, out: Path, architecture: str) -> str:
-    """A name for people; llama.cpp strips the spaces after special tokens, as Phi-3 needs, where it says Phi-3."""
+def _title(folder: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for people, and for llama.cpp: it strips the spaces behind special tokens where a name says Phi-3.
+
+    It fails to load a file of such a name whose vocabulary lacks Phi-3's tokens, and would strip for others too.
+    """
     name = next((each for each in (folder.name, folder.parent.name) if each not in ("model", "final", "")), out.name)
-    return f"{name} (Phi-3)" if architecture == "phi3" and "phi-3" not in name.lower() else name
+    name = re.sub(r"(?i)phi-?3", "Phi 3", re.sub(r"(?i)modern-bert", "modern bert", name))
+    added = tokenizer.added_tokens_decoder.values()
+    strips = any(token.special and token.rstrip for token in added)
+    theirs = {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= set(tokenizer.get_vocab())
+    return f"{name} (Phi-3)" if strips and theirs else name
 
 
 def _facts(folder: Path) -> dict[str, Any]:
