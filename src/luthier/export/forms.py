@@ -17,6 +17,7 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.gguf_source import export_from_gguf, gguf_file
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_merge
@@ -82,8 +83,11 @@ def export_folder(
         raise RequestError("--quant is the form gguf's.", code="form", where="--quant", remedy="Leave it out, or export --to gguf.")  # fmt: skip
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
-    inner = [weights_folder(source) for source in sources]
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
+    if (file := gguf_file(sources[0])) is not None and to == "transformers" and len(sources) == 1:
+        export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+        return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out))
+    inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
@@ -106,8 +110,13 @@ def export_folder(
     else:
         _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
+    return Exported(out, to, opens, proof_line(out))
+
+
+def proof_line(out: Path) -> str | None:
+    """What a folder's proof says."""
     told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
-    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None)
+    return f"{told['verdict']}: {told['says']}" if told else None
 
 
 def weights_folder(path: Path) -> Path:

@@ -46,16 +46,19 @@ def prove_gguf(
     tokenizer: PreTrainedTokenizerBase,
     weights: Mapping[str, tuple[str, int, float]],
     specs: Mapping[str, TensorSpec],
+    *,
+    coarse: float | None = None,
 ) -> Callable[[Path], bytes]:
     """A proof that a GGUF answers what the transformers folder it was made from answers.
 
     Args:
         weights: by the model's name of each weight: the file's, the heads it is interleaved by, and what was added.
+        coarse: the largest relative difference of a weight, where the folder was made from the file.
     """
 
     def prove(file: Path) -> bytes:
-        proof = _Proving(folder, config, tokenizer, weights, file).prove(_fits(specs))
-        return checked(proof, file.parent)
+        proof = _Proving(folder, config, tokenizer, weights, file, coarse).prove(_fits(specs))
+        return checked(proof, file.parent if coarse is None else folder)
 
     return prove
 
@@ -67,10 +70,11 @@ def has_llama_cpp() -> bool:
 class _Proving:
     def __init__(
         self, folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
-        weights: Mapping[str, tuple[str, int, float]], file: Path,
+        weights: Mapping[str, tuple[str, int, float]], file: Path, coarse: float | None,
     ) -> None:  # fmt: skip
         self.folder, self.config, self.tokenizer, self.weights, self.file = folder, config, tokenizer, weights, file
-        self.quant = file.stem.rsplit("-", 1)[-1]
+        self.coarse = coarse
+        self.quant = "the change" if coarse is not None else file.stem.rsplit("-", 1)[-1]
         rows = config.get_text_config().vocab_size
         probes = [ids for text in TEXTS if (ids := tokenizer(text)["input_ids"][:PROBE_TOKENS])]
         self.ids = [ids for ids in probes if max(ids) < rows]
@@ -85,7 +89,7 @@ class _Proving:
         differences = [
             f"a weight of kind {kind} differs from the original by {error:.3g} of its size"
             for kind, error in told["errors"].items()
-            if not error <= COARSE[kind]
+            if not error <= (COARSE.get(kind, 0.3) if self.coarse is None else self.coarse)
         ]
         moved = max(float((logits[f"file{i}"] - logits[f"original{i}"]).abs().max()) for i in range(len(self.ids)))
         if llama is None:
