@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from adapters import make_adapter
 from gguf_models import MODELS, make_model
 from transformers import AutoModelForCausalLM
 
 import luthier
+from luthier.artifacts.gguf_header import read_gguf_header
 from luthier.cli import main
 from luthier.export.to_gguf import export_gguf
 
@@ -50,3 +52,45 @@ def test_llama_cpp_answers_what_the_model_answers(name, tmp_path):
     assert proof["verdict"] == "passed", proof
     assert "tokens of" in proof["compared"] and "greedy answer of 16 tokens" in proof["compared"]
     assert proof["max_difference"] < 0.01 and proof["effect"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"])
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_llama_cpp_computes_with_quantised_weights_what_they_say(name, quant, tmp_path):
+    folder = make_model(name, tmp_path / "model", hidden_size=256, intermediate_size=512, num_hidden_layers=9)
+    export_gguf(folder, tmp_path / "out", quant=quant)
+    proof = json.loads((tmp_path / "out/proof.json").read_text())
+    assert proof["verdict"] == "passed", proof
+    assert proof["effect"] > 0
+    kinds = {each.kind.name for each in read_gguf_header(tmp_path / f"out/model-{quant}.gguf").tensors.values()}
+    mixed = {"Q4_K_M": {"Q4_K", "Q6_K"}, "Q5_K_M": {"Q5_K", "Q6_K"}}.get(quant, {quant})
+    fused = {"Q5_K"} if (name, quant) == ("phi3", "Q4_K_M") else set()
+    assert kinds == mixed | fused | {"F32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+def test_adapter_file_does_in_llama_cpp_what_the_adapter_does_in_peft(name, tmp_path, capsys):
+    base = make_model(name, tmp_path / "base")
+    settings = {"use_rslora": True, "rank_pattern": {"down_proj": 8}, "alpha_pattern": {"o_proj": 3}}
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules="all-linear", r=4, **settings)
+    assert main(["export", str(adapter), str(tmp_path / "out"), "--to", "gguf"]) == 0
+    assert "--lora" in capsys.readouterr().out
+    proof = json.loads((tmp_path / "out/proof.json").read_text())
+    assert proof["verdict"] == "passed", proof
+    assert read_gguf_header(tmp_path / "out/adapter-F32.gguf").metadata["general.type"] == "adapter"
+    assert "--lora adapter-F32.gguf" in (tmp_path / "out/README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}],
+    ids=["dora", "modules_to_save", "embedding"],
+)
+def test_adapter_without_a_form_in_llama_cpp_is_told_to_be_merged_first(llama, tmp_path, settings, capsys):
+    adapter = make_adapter(llama, tmp_path / "adapter", **{"target_modules": ["q_proj"], "r": 4, **settings})
+    assert main(["export", str(adapter), str(tmp_path / "out"), "--to", "gguf", "--no-proof"]) == 2
+    assert "--to merged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

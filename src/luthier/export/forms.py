@@ -17,6 +17,7 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.gguf_lora import export_gguf_lora
 from luthier.export.gguf_source import export_from_gguf, gguf_file
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
@@ -92,6 +93,10 @@ def export_folder(
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
     if to == "gguf" and len(inner) == 1:
+        if is_adapter[0]:
+            onto, known = (base, None) if base is not None else base_of(inner[0], sources[0])
+            lora = export_gguf_lora(inner[0], onto, out, quant=quant, expected_base=known, prove=prove)
+            return Exported(out / lora.file, to, "llama-server -m BASE.gguf --lora ", lora.proof)
         made = export_gguf(inner[0], out, quant=quant, prove=prove)
         return Exported(out / made.file, to, "llama-server -m ", made.proof)
     if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):

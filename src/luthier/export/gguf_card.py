@@ -46,3 +46,27 @@ def card(made: GgufMade, source: Path, name: str, proof: bytes | None) -> str:
     if made.notes:
         lines += ["", "To know:", "", *(f"- {note}" for note in made.notes)]
     return "\n".join(lines) + "\n"
+
+
+def adapter_modelfile(file: str, base: Path) -> str:
+    """Ollama's Modelfile of an adapter."""
+    return (
+        f"# FROM wants the base {base.name}: a GGUF of it, or its name in Ollama.\nFROM ./base.gguf\nADAPTER ./{file}\n"
+    )
+
+
+def adapter_card(made: GgufMade, adapter: Path, base: Path, name: str) -> str:
+    """The README.md of an adapter's folder."""
+    return f"""# {name}
+
+`{made.file}`: the adapter `{adapter.name}` as a GGUF ({made.quant}) for llama.cpp, written by Luthier. It goes onto a GGUF of
+its base, `{base.name}`, of any quantisation:
+
+```sh
+luthier export {base} base --to gguf          # where there is none yet
+llama-server -m base/model-F16.gguf --lora {made.file}
+ollama create {name.lower()} -f Modelfile      # after FROM names the base
+```
+
+Proof: {made.proof or "it was not proven"}
+"""

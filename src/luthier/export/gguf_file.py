@@ -33,6 +33,7 @@ class GgufTensor:
     Attributes:
         heads: how many heads' rows are interleaved, since llama.cpp rotates neighbours where transformers rotates halves.
         plus: what is added to every element (Gemma's norms are held less one).
+        scale: what every element is multiplied by.
         values: the elements themselves, of a tensor that no file holds.
     """
 
@@ -43,6 +44,7 @@ class GgufTensor:
     heads: int = 0
     plus: float = 0.0
     values: torch.Tensor | None = None
+    scale: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -100,6 +102,8 @@ class GgufBytes(Source):
             rows = whole.transpose(1, 2).reshape(-1, width)[low - first : high - first]
         else:
             rows = self._read(tensor, low, high)
+        if tensor.scale != 1.0:
+            rows = rows * tensor.scale
         return rows + tensor.plus if tensor.plus else rows
 
     def _read(self, tensor: GgufTensor, low: int, high: int) -> torch.Tensor:

@@ -3,8 +3,8 @@
 Three things are compared. Every weight, read back by the gguf package, with the original: within what its kind can hold.
 Tokens of tricky strings and the rendered template: equal. Logits: llama.cpp computes with the file's weights, but rounds
 the inputs of each product to fp16, bf16 or 8 bits with weights of such kinds; how far that moves the logits is
-measured with plain transformers on the same weights, and the bound is four times that. What the quantisation itself
-moved them by is reported beside. In F32 and F16 also the greedy answer must be the original's.
+measured with plain transformers on the same weights; the bound is four times the largest and twice the usual difference.
+What the quantisation itself moved them by is reported beside. In F32 and F16 also the greedy answer must be the original's.
 
 Without llama.cpp (package xllamacpp) transformers opens the file instead, where it can; the proof then says that
 the tokens were not compared.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from luthier.errors import ArtifactError
 from luthier.export import gguf_reference, llama_prober
 from luthier.export.prober import read_texts
 from luthier.export.proofs import checked
-from luthier.export.prove import MESSAGES, PROBE_TOKENS, TEXTS, Proof
+from luthier.export.prove import MARGIN, MESSAGES, PROBE_TOKENS, TEXTS, Probe, Proof, plain_answers
 from luthier.models.gguf_tokenizer import TRICKY
 from luthier.models.room import free_bytes
 
@@ -61,6 +62,60 @@ def prove_gguf(
         return checked(proof, file.parent if coarse is None else folder)
 
     return prove
+
+
+def prove_lora(folder: Path, base: Path, file: Path, specs: Mapping[str, TensorSpec], model: Path | None) -> bytes:
+    """A proof that llama.cpp with an adapter's GGUF answers what peft answers with the adapter's folder.
+
+    Args:
+        specs: the base's tensors.
+        model: the base as a GGUF in fp32; None where llama.cpp is not installed.
+
+    Raises:
+        ArtifactError: the proof failed.
+    """
+    if model is None or not _fits(specs):
+        why = "llama.cpp (package xllamacpp) is not installed" if model is None else "the base does not fit into this machine's memory in fp32"  # fmt: skip
+        return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", f"{why}, so the file was not opened.").to_bytes()
+    ids = [[(7 * place + 3 + start) % 97 + 3 for place in range(32)] for start in (0, 11, 40)]
+    lengths = [[8, 24, 32]] * len(ids)
+    probe = Probe(ids, "float32", "cpu", None, torch.get_num_threads(), False)
+    expected = plain_answers(folder, probe, base=str(base), tokenizer=False)
+    rows = expected.logits[0].shape[-1]
+    request = {"file": str(model), "lora": [str(file), 1.0], "texts": [], "ids": ids, "lengths": lengths, "conversations": [], "greedy": None, "most": min(MOST, rows)}  # fmt: skip
+    told, _ = _run(llama_prober, file, request)
+    found, effect = [], 0.0
+    for number, each in enumerate(lengths):
+        ours, before = (logits[number].double().log_softmax(-1) for logits in (expected.logits, expected.plain))
+        effect = max(effect, float((ours - before).abs().max()))
+        for length, (likely, theirs) in zip(each, told["logprobs"][number], strict=True):
+            found.append(torch.tensor(theirs, dtype=torch.float64) - ours[length - 1, torch.tensor(likely)])
+    difference = _Difference.of(found).largest
+    bound = 1e-3 * max(float(logits.abs().max()) for logits in expected.logits)
+    if file.stem.endswith("F16"):
+        bound += 0.05 * effect
+    compared = f"{sum(map(len, lengths))} next-token distributions of llama.cpp (base in F32, --lora) with base and adapter in peft, both in fp32; cpu"  # fmt: skip
+    if difference > bound:
+        says = f"log-probabilities differ by up to {difference:.3g}, more than the bound {bound:.3g}."
+        return checked(Proof("failed", False, difference, bound, effect, compared, says, (says,)), file.parent)
+    if effect < MARGIN * bound:
+        says = f"equal within {difference:.3g}, but the adapter moves these by only {effect:.3g}, so the bound {bound:.3g} would hide a part of it."
+        return Proof("inconclusive", False, difference, bound, effect, compared, says).to_bytes()
+    says = f"llama.cpp with --lora answers what base and adapter answer within {difference:.3g}; the adapter moved log-probabilities by up to {effect:.3g}."
+    return Proof("passed", True, difference, bound, effect, compared, says).to_bytes()
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Of many log-probabilities: the largest one, and the root of the mean square."""
+
+    largest: float
+    usual: float
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor]) -> _Difference:
+        every = torch.nan_to_num(torch.cat(list(parts)), nan=float("inf")).abs()
+        return cls(float(every.max()), float(every.square().mean().sqrt()))
 
 
 def has_llama_cpp() -> bool:
@@ -95,25 +150,24 @@ class _Proving:
         if llama is None:
             return self._by_transformers(logits, told, differences, moved)
         covered = self._text(llama, differences)
-        found = self._largest(llama, logits, "file")
-        noise = max(float((logits[f"rounded{i}"] - logits[f"file{i}"]).abs().max()) for i in range(len(self.ids)))
-        largest = max(float(logits[f"file{i}"].abs().max()) for i in range(len(self.ids)))
-        bound = 4 * noise + 1e-4 * largest
-        if not found <= bound:
-            differences.append(f"logits differ by up to {found:.3g} from those of the file's own weights in transformers, more than the bound {bound:.3g} that llama.cpp's rounding explains")  # fmt: skip
+        found, noise, largest = self._apart(llama, logits)
+        bound = 4 * noise.largest + 1e-4 * largest
+        if not found.largest <= bound or not found.usual <= 2 * noise.usual + 3e-5 * largest:
+            differences.append(f"log-probabilities differ by up to {found.largest:.3g} and usually by {found.usual:.3g} from those of the file's own weights in transformers, where llama.cpp's rounding explains {bound:.3g} and {2 * noise.usual:.3g}")  # fmt: skip
         if self.quant in ("F32", "F16"):
             covered.append(self._greedy(llama, told["greedy"], bound, differences))
         compared = f"{', '.join(covered)}, {sum(map(len, self.lengths))} next-token distributions with plain transformers in fp32; cpu"  # fmt: skip
         if differences:
             return Proof(
-                "failed", False, found, bound, moved, compared, "; ".join(differences) + ".", tuple(differences)
+                "failed", False, found.largest, bound, moved, compared, "; ".join(differences) + ".", tuple(differences)
             )
-        says = f"opened by llama.cpp, which computes what the file's weights say within {found:.3g} (its rounding explains up to {bound:.3g}); {self.quant} itself moved the logits by up to {moved:.3g}."  # fmt: skip
-        return Proof("passed", True, found, bound, moved, compared, says)
+        says = f"opened by llama.cpp, which computes what the file's weights say within {found.largest:.3g}, usually {found.usual:.3g} (its rounding usually makes {noise.usual:.3g}); {self.quant} itself moved the logits by up to {moved:.3g}."  # fmt: skip
+        return Proof("passed", True, found.largest, bound, moved, compared, says)
 
     def _llama_cpp(self) -> dict[str, Any]:
-        return self._run(
+        return _run(
             llama_prober,
+            self.file,
             {
                 "file": str(self.file), "lora": None, "texts": self._texts(), "ids": self.ids, "lengths": self.lengths,
                 "conversations": MESSAGES if self.tokenizer.chat_template else [], "greedy": self._asked(), "most": self.most,
@@ -121,8 +175,9 @@ class _Proving:
         )[0]  # fmt: skip
 
     def _reference(self, *, opens: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        told, tensors = self._run(
+        told, tensors = _run(
             gguf_reference,
+            self.file,
             {
                 "folder": str(self.folder), "file": str(self.file), "ids": self.ids, "greedy": self._asked(),
                 "weights": {name: list(entry) for name, entry in self.weights.items()}, "opens": opens,
@@ -158,15 +213,19 @@ class _Proving:
             differences.append("llama.cpp renders the chat template differently")
         return [*covered, f"{len(pairs)} conversations in the chat template"]
 
-    def _largest(self, llama: Mapping[str, Any], logits: Mapping[str, torch.Tensor], name: str) -> float:
-        """The largest difference of a log-probability."""
-        largest = 0.0
+    def _apart(
+        self, llama: Mapping[str, Any], logits: Mapping[str, torch.Tensor]
+    ) -> tuple[_Difference, _Difference, float]:
+        """How far llama.cpp, and transformers rounding as it does, are from the file's weights; the largest logit."""
+        found, noise, largest = [], [], 0.0
         for number, lengths in enumerate(self.lengths):
-            ours = logits[f"{name}{number}"].double().log_softmax(-1)
+            ours, rounded = (logits[f"{name}{number}"].double().log_softmax(-1) for name in ("file", "rounded"))
+            largest = max(largest, float(logits[f"file{number}"].abs().max()))
             for length, (ids, theirs) in zip(lengths, llama["logprobs"][number], strict=True):
-                found = torch.tensor(theirs, dtype=torch.float64) - ours[length - 1, torch.tensor(ids)]
-                largest = max(largest, float(torch.nan_to_num(found, nan=float("inf")).abs().max()))
-        return largest
+                reference = ours[length - 1, torch.tensor(ids)]
+                found.append(torch.tensor(theirs, dtype=torch.float64) - reference)
+                noise.append(rounded[length - 1, torch.tensor(ids)] - reference)
+        return _Difference.of(found), _Difference.of(noise), largest
 
     def _greedy(self, llama: Mapping[str, Any], ours: Sequence[Any], bound: float, differences: list[str]) -> str:
         tokens, leads = ours
@@ -206,35 +265,6 @@ class _Proving:
         says = "opened by llama.cpp with the same tokens; the original does not fit into this machine's memory in fp32, so logits were not compared."  # fmt: skip
         return Proof("inconclusive", False, 0.0, 0.0, None, covered, says)
 
-    def _run(self, script: Any, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Run a script in a process of its own; its JSON and its tensors.
-
-        Raises:
-            ArtifactError: it failed; the text carries its error.
-        """
-        from safetensors.torch import load_file
-
-        with tempfile.TemporaryDirectory() as scratch:
-            out, path = Path(scratch) / "out.safetensors", Path(scratch) / "request.json"
-            target = Path(scratch) / "out.safetensors.json" if script is llama_prober else out
-            path.write_text(json.dumps({**request, "threads": torch.get_num_threads(), "out": str(target)}))
-            command = [sys.executable, str(script.__file__), str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=scratch)
-            if done.returncode != 0:
-                what = "llama.cpp" if script is llama_prober else "plain transformers"
-                last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:]
-                raise ArtifactError(
-                    f"{what} cannot open it: {last[0] if last else f'exit code {done.returncode}'}",
-                    code="does-not-open",
-                    where=str(self.file.parent),
-                    remedy="Nothing was published. Run again with --debug for that process's whole output.",
-                ) from RuntimeError(done.stderr)
-            told = json.loads(Path(f"{out}.json").read_text())
-            tensors = load_file(out) if out.is_file() else {}
-        if told["luthier"]:
-            raise ArtifactError("the proving process had luthier loaded, so it proves nothing.", code="proof", where=str(self.folder))  # fmt: skip
-        return told, tensors
-
 
 def _fits(specs: Mapping[str, TensorSpec]) -> bool:
     """Whether plain transformers can hold the model in fp32 beside what else is in memory."""
@@ -246,3 +276,33 @@ def _fits(specs: Mapping[str, TensorSpec]) -> bool:
             count *= extent
         counts += count
     return free is None or counts * 4 * 1.5 < free
+
+
+def _run(script: Any, file: Path, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Run a script in a process of its own; its JSON and its tensors.
+
+    Raises:
+        ArtifactError: it failed; the text carries its error.
+    """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as scratch:
+        out, path = Path(scratch) / "out.safetensors", Path(scratch) / "request.json"
+        target = Path(scratch) / "out.safetensors.json" if script is llama_prober else out
+        path.write_text(json.dumps({**request, "threads": torch.get_num_threads(), "out": str(target)}))
+        command = [sys.executable, str(script.__file__), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=scratch)
+        if done.returncode != 0:
+            what = "llama.cpp" if script is llama_prober else "plain transformers"
+            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:]
+            raise ArtifactError(
+                f"{what} cannot open it: {last[0] if last else f'exit code {done.returncode}'}",
+                code="does-not-open",
+                where=str(file.parent),
+                remedy="Nothing was published. Run again with --debug for that process's whole output.",
+            ) from RuntimeError(done.stderr)
+        told = json.loads(Path(f"{out}.json").read_text())
+        tensors = load_file(out) if out.is_file() else {}
+    if told["luthier"]:
+        raise ArtifactError("the proving process had luthier loaded, so it proves nothing.", code="proof", where=str(file.parent))  # fmt: skip
+    return told, tensors
