@@ -104,7 +104,7 @@ def _tensors(adapter: Adapter, config: PreTrainedConfig, kind: GGMLQuantizationT
         plain = module.replace("model.language_model.", "model.").removeprefix("language_model.")
         target = known.get(f"{plain}.weight")
         if target is None:
-            raise ArtifactError(f"{module} has no place in a model of type {config.model_type}.", code="adapter-fit", where=str(adapter.folder), remedy="Give the base it was trained on with --base.")  # fmt: skip
+            raise ArtifactError(f"{module} has no place in a model of type {config.model_type}.", code="coverage", where=str(adapter.folder), remedy="Give the base it was trained on with --base.")  # fmt: skip
         if target == "token_embd.weight" or (target == "output.weight" and text.tie_word_embeddings):
             raise _merge_first(f"{module} is shared by embedding and head, or is an embedding", adapter)
         a, b = adapter.spec(module, "lora_A"), adapter.spec(module, "lora_B")

@@ -17,7 +17,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError
 from luthier.export import gguf_reference, llama_prober
-from luthier.export.prober import read_texts
+from luthier.export.gguf_texts import compare_texts, proof_texts
 from luthier.export.proofs import checked
 from luthier.export.prove import MARGIN, MESSAGES, PROBE_TOKENS, TEXTS, Probe, Proof, plain_answers
-from luthier.models.gguf_tokenizer import TRICKY
 from luthier.models.room import free_bytes
 
 MOST = 1000  # log-probabilities asked of llama.cpp at each place
@@ -149,7 +147,8 @@ class _Proving:
         moved = max(float((logits[f"file{i}"] - logits[f"original{i}"]).abs().max()) for i in range(len(self.ids)))
         if llama is None:
             return self._by_transformers(logits, told, differences, moved)
-        covered = self._text(llama, differences)
+        texts = compare_texts(self.tokenizer, llama["tokens"], llama["rendered"])
+        covered, differences = texts.covered, [*differences, *texts.differences]
         found, noise, largest = self._apart(llama, logits)
         bound = 4 * noise.largest + 1e-4 * largest
         if not found.largest <= bound or not found.usual <= 2 * noise.usual + 3e-5 * largest:
@@ -162,6 +161,8 @@ class _Proving:
                 "failed", False, found.largest, bound, moved, compared, "; ".join(differences) + ".", tuple(differences)
             )
         says = f"opened by llama.cpp, which computes what the file's weights say within {found.largest:.3g}, usually {found.usual:.3g} (its rounding usually makes {noise.usual:.3g}); {self.quant} itself moved the logits by up to {moved:.3g}."  # fmt: skip
+        if texts.spaces:
+            return Proof("inconclusive", False, found.largest, bound, moved, compared, f"{says} But {texts.spaces}.")
         return Proof("passed", True, found.largest, bound, moved, compared, says)
 
     def _llama_cpp(self) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class _Proving:
             llama_prober,
             self.file,
             {
-                "file": str(self.file), "lora": None, "texts": self._texts(), "ids": self.ids, "lengths": self.lengths,
+                "file": str(self.file), "lora": None, "texts": proof_texts(self.tokenizer), "ids": self.ids, "lengths": self.lengths,
                 "conversations": MESSAGES if self.tokenizer.chat_template else [], "greedy": self._asked(), "most": self.most,
             },
         )[0]  # fmt: skip
@@ -187,31 +188,6 @@ class _Proving:
 
     def _asked(self) -> list[Any] | None:
         return [self.ids[0], GREEDY] if self.quant in ("F32", "F16") else None
-
-    def _texts(self) -> list[str]:
-        """Those strings that llama.cpp takes as they are: the tokenizer may compose them first, llama.cpp never does."""
-        every = [*TEXTS, *TRICKY]
-        return [text for text in every if unicodedata.is_normalized("NFC", text)] if self._composes() else every
-
-    def _composes(self) -> bool:
-        normalizer = self.tokenizer.backend_tokenizer.normalizer
-        return normalizer is not None and normalizer.normalize_str("e\u0301") == "\u00e9"
-
-    def _text(self, llama: Mapping[str, Any], differences: list[str]) -> list[str]:
-        texts = self._texts()
-        ours = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        other = [text for text, left, right in zip(texts, ours, llama["tokens"], strict=True) if left != right]
-        if other:
-            differences.append(f"llama.cpp cuts {len(other)} of {len(texts)} strings into other tokens, such as {other[0]!r}")  # fmt: skip
-        covered = [f"tokens of {len(texts)} strings"]
-        if not self.tokenizer.chat_template:
-            return covered
-        rendered, _ = read_texts(self.tokenizer, MESSAGES, [])
-        pairs = [(left, right) for left, right in zip(rendered, llama["rendered"], strict=True) if not left.startswith("refused")]  # fmt: skip
-        bos = self.tokenizer.bos_token or ""
-        if any(left not in (right, bos + right) for left, right in pairs):  # llama.cpp leaves a BOS to its tokenizer
-            differences.append("llama.cpp renders the chat template differently")
-        return [*covered, f"{len(pairs)} conversations in the chat template"]
 
     def _apart(
         self, llama: Mapping[str, Any], logits: Mapping[str, torch.Tensor]
@@ -258,8 +234,8 @@ class _Proving:
         if llama is None:
             says = "the model does not fit into this machine's memory, and llama.cpp is not installed, so it was not opened."
             return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says)
-        differences: list[str] = []
-        covered = ", ".join(self._text(llama, differences))
+        texts = compare_texts(self.tokenizer, llama["tokens"], llama["rendered"])
+        covered, differences = ", ".join(texts.covered), texts.differences
         if differences:
             return Proof("failed", False, 0.0, 0.0, None, covered, "; ".join(differences) + ".", tuple(differences))
         says = "opened by llama.cpp with the same tokens; the original does not fit into this machine's memory in fp32, so logits were not compared."  # fmt: skip
