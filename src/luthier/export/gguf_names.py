@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.gguf_file import GgufTensor
+from luthier.models.gguf import ROPE_FREQS, llama3_factors
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3",
@@ -150,8 +151,8 @@ def _rope(plan: Plan, config: PreTrainedConfig, told: dict[str, Any], width: int
         raise _no_place("positions on a part of each head (partial_rotary_factor)")
     kind = rope.get("rope_type", "default")
     if kind == "llama3" and plan.architecture == "llama":
-        factors = _llama3_factors(rope, rotated)
-        plan.tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), _F32, values=factors))
+        factors = llama3_factors(rope, rotated)
+        plan.tensors.append(GgufTensor(ROPE_FREQS, tuple(factors.shape), _F32, values=factors))
     elif kind == "linear":
         told |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     elif kind == "yarn" and plan.architecture in ("llama", "qwen2", "qwen3"):
@@ -162,23 +163,12 @@ def _rope(plan: Plan, config: PreTrainedConfig, told: dict[str, Any], width: int
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-            "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
-            "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
         }
+        told |= {f"rope.scaling.yarn_{key}": float(rope[key]) for key in ("beta_fast", "beta_slow") if rope.get(key)}
     elif kind == "longrope" and plan.architecture == "phi3":
         _longrope(plan, config, rope, told, rotated)
     elif kind != "default":
         raise _no_place(f"positions scaled by {kind!r} in {config.model_type}")
-
-
-def _llama3_factors(rope: Mapping[str, Any], width: int) -> torch.Tensor:
-    """What each frequency is divided by, as transformers' `llama3` scaling changes it."""
-    low, high, factor = float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), float(rope["factor"])
-    original = float(rope["original_max_position_embeddings"])
-    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-    turns = original / (2 * math.pi * float(rope["rope_theta"]) ** exponents)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
 def _longrope(

@@ -29,11 +29,11 @@ from luthier.export.lowrank import BLOCK
 from luthier.export.proofs import ROUNDING
 from luthier.export.source import Source
 from luthier.export.stream import Output, write_stream
-from luthier.models.gguf import DENSE, gguf_config
+from luthier.models.gguf import DENSE, ROPE_FREQS, gguf_config
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.source import BaseSource
 
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # they are in the config
+_COMPUTED = (ROPE_FREQS, "rope_factors_long.weight", "rope_factors_short.weight")  # they are in the config
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 
