@@ -169,3 +169,14 @@ def test_rows_that_fill_no_block_fall_back_and_are_told(tmp_path):
     folder = make_model("llama", tmp_path / "model")
     made = export_gguf(folder, tmp_path / "out", quant="q4_k_m", prove=False)
     assert any("do not fill whole blocks" in note and "Q8_0" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(("value", "quant", "what"), [(1e5, "F16", "65504"), (float("nan"), "Q8_0", "no numbers")])
+def test_value_that_the_kind_cannot_hold_is_an_error_and_nothing_is_left(value, quant, what, tmp_path):
+    folder = tiny.make_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(luthier.ArtifactError, match=what):
+        export_gguf(folder, tmp_path / "out", quant=quant, prove=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

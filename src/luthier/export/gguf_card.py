@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from luthier.export.ollama_template import ollama_template
+
 if TYPE_CHECKING:
     from luthier.export.to_gguf import GgufMade
 
 
 def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:
-    """Ollama's Modelfile."""
+    """Ollama's Modelfile: the chat template in Ollama's language where it can be said in it, and the stop texts."""
     lines = [f"FROM ./{file}"]
+    template = ollama_template(tokenizer)
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    elif tokenizer.chat_template:
+        lines.append("# The chat template has no plain form for Ollama: it takes its own for templates it knows, else add TEMPLATE.")  # fmt: skip
     texts = [tokenizer.convert_ids_to_tokens(index) for index in stops]
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in texts if isinstance(text, str)]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ bytes of a tensor are computed when they are asked for, a few rows at a time, fr
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from luthier.artifacts.tensorfile import FilePlan, Place, TensorSpec
 from luthier.checkpoint.dtypes import FROM_FILE
-from luthier.export.kquants import encode, row_bytes
+from luthier.errors import ArtifactError
+from luthier.export.kquants import Kind, encode, row_bytes
 from luthier.export.lowrank import BLOCK
 from luthier.export.source import Source
 
@@ -81,12 +83,30 @@ class GgufBytes(Source):
         width = row_bytes(tensor.kind, tensor.shape[-1])
         end = min(start + target.numel(), tensor.size)
         target[max(0, end - start) :].zero_()  # what aligns the next tensor
-        step = max(1, BLOCK // tensor.shape[-1])
+        group = tensor.rows // tensor.heads if tensor.heads and len(tensor.shape) > 1 else 1
+        step = max(1, BLOCK // (tensor.shape[-1] * group)) * group  # whole heads, which are read together
         for low in range(start // width, -(-end // width), step):
             high = min(low + step, -(-end // width))
-            packed = encode(tensor.kind, self._rows(tensor, low, high)).view(-1)
+            packed = self._packed(tensor, low, high)
             at, until = max(low * width, start), min(high * width, end)
             target[at - start : until - start] = packed[at - low * width : until - low * width]
+
+    def _packed(self, tensor: GgufTensor, low: int, high: int) -> torch.Tensor:
+        """The bytes of rows ``[low, high)``.
+
+        Raises:
+            ArtifactError: a value is larger than the kind can hold, or none in a kind that has no word for that.
+        """
+        rows = self._rows(tensor, low, high)
+        packed = encode(tensor.kind, rows).view(-1)
+        if tensor.kind in (Kind.F32, Kind.BF16):
+            return packed
+        largest = float(rows.abs().max())  # not a number where one of them isn't
+        if tensor.kind == Kind.F16 and largest > 65504:
+            raise ArtifactError(f"{tensor.origin} has values up to {largest:.3g}, more than F16 can hold (65504).", code="out-of-range", where=tensor.origin, remedy="Export with --quant BF16, F32 or Q8_0.")  # fmt: skip
+        if tensor.kind != Kind.F16 and not math.isfinite(largest):
+            raise ArtifactError(f"{tensor.origin} holds values that are no numbers, which {tensor.kind.name} cannot say.", code="out-of-range", where=tensor.origin, remedy="Mend the weights: a training run that diverged left them so.")  # fmt: skip
+        return packed
 
     def _rows(self, tensor: GgufTensor, low: int, high: int) -> torch.Tensor:
         """Rows ``[low, high)`` of what llama.cpp is to see, in fp32."""
