@@ -120,3 +120,30 @@ def test_smollm2_goes_from_gguf_to_transformers_and_back_and_knows_the_capital(t
     )
     answer = model.generate(**asked, max_new_tokens=24, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_modelfile_holds_template_and_every_stop_text(llama, tmp_path):
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    export_gguf(llama, tmp_path / "out", prove=False)
+    modelfile = (tmp_path / "out/Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model-F16.gguf\nTEMPLATE")
+    assert '"<|im_end|>"' in modelfile and '"<|pad|>"' in modelfile
+    metadata = read_gguf_header(tmp_path / "out/model-F16.gguf").metadata
+    assert (metadata["tokenizer.ggml.eos_token_id"], metadata["tokenizer.ggml.eot_token_id"]) == (2, 0)
+    kinds = metadata["tokenizer.ggml.token_type"]
+    assert [kinds[index] for index in (0, 1, 2, 100)] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--quant", "Q3_K"], "no quantisation"),
+        (["--dtype", "bf16"], "--quant says"),
+        (["--shard-size", "1GB"], "--quant says"),
+    ],
+)
+def test_flags_of_other_forms_are_refused(llama, tmp_path, flags, what, capsys):
+    assert main(["export", str(llama), str(tmp_path / "out"), "--to", "gguf", *flags]) == 2
+    assert what in capsys.readouterr().err
+    assert main(["export", str(llama), str(tmp_path / "out"), "--to", "transformers", "--quant", "F16"]) == 2
+    assert not (tmp_path / "out").exists()

@@ -92,6 +92,8 @@ def export_folder(
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
+    if to == "gguf" and (dtype or shard_size or weights is not None):
+        raise RequestError("--dtype, --shard-size and --weights are not the form gguf's.", code="form", where="--to gguf", remedy="--quant says how it is packed; the file is one.")  # fmt: skip
     if to == "gguf" and len(inner) == 1:
         if is_adapter[0]:
             onto, known = (base, None) if base is not None else base_of(inner[0], sources[0])

@@ -88,7 +88,9 @@ def _affine(x: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     step, offset = ((each.amax(1, keepdim=True) / 63).half().float() for each in (scales, minima))
     s = _over(scales, step).round_().clamp_(0, 63)
     m = _over(minima, offset).round_().clamp_(0, 63)
-    codes = _over(groups + (offset * m).unsqueeze(2), (step * s).unsqueeze(2)).round_().clamp_(0, top).to(torch.uint8)
+    codes = _codes(groups, step * s, offset * m, top)
+    step, offset = _refitted(groups, codes, s, m, step, offset)
+    codes = _codes(groups, step * s, offset * m, top).to(torch.uint8)
     s, m = s.to(torch.uint8), m.to(torch.uint8)
     packed = torch.cat(
         [
@@ -101,52 +103,97 @@ def _affine(x: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([_half(step), _half(offset), packed], 1), codes
 
 
+def _codes(groups: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor, top: int) -> torch.Tensor:
+    return _over(groups + minima.unsqueeze(2), scales.unsqueeze(2)).round_().clamp_(0, top)
+
+
+def _refitted(
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    s: torch.Tensor,
+    m: torch.Tensor,
+    step: torch.Tensor,
+    offset: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d and e of each block, by least squares for its codes and rounded scales; as they were where that has no answer."""
+    scaled = codes * s.unsqueeze(2)
+    sums, squares, products = scaled.sum(2), scaled.square().sum(2), (scaled * groups).sum(2)
+    uu, uv, vv = squares.sum(1, True), -(sums * m).sum(1, True), 32 * m.square().sum(1, True)
+    ux, vx = products.sum(1, True), -(groups.sum(2) * m).sum(1, True)
+    determinant = uu * vv - uv.square()
+    d = torch.where(vv > 0, _over(vv * ux - uv * vx, determinant), _over(ux, uu))
+    e = torch.where(vv > 0, _over(uu * vx - uv * ux, determinant), offset)
+    good = (d > 0) & (e >= 0)
+    return torch.where(good, d, step).half().float(), torch.where(good, e, offset).half().float()
+
+
 def _affine_scales(x: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset (≥ 0) of each group: of several roundings the one that leaves the least weighted error."""
-    weight = x.abs() + x.square().mean(-1, keepdim=True).sqrt()
-    low = x.amin(-1, keepdim=True).clamp_max(0)
-    spread = x.amax(-1, keepdim=True) - low
-    total, total_x = weight.sum(-1, keepdim=True), (weight * x).sum(-1, keepdim=True)
-    weighted_x = weight * x
+    """Scale and offset (≥ 0) of each group (n × groups × 32): of several roundings that of the least weighted error.
+
+    The groups lie side by side while they are compared, so that sums over a group add whole vectors. The error of a
+    rounding follows from three sums, and is never computed value by value.
+    """
+    shape = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1]).t().contiguous()
+    weight = x.abs() + (_sum(x.square()) / len(x)).sqrt()
+    low = x.amin(0).clamp_max_(0)
+    spread = x.amax(0) - low
+    above, weighted_x = x - low, weight * x
+    total, total_x = _sum(weight.clone()), _sum(weighted_x.clone())
     best_scale, best_low = spread / top, low
-    residual = (_over(x - low, best_scale).round_().clamp_(0, top) * best_scale + low).sub_(x)
-    best = (residual.square_().mul_(weight)).sum(-1, keepdim=True)
-    steps = 20 if top == 15 else 15
-    for number in range(steps + 1):
-        reach = top + (-1.0 if top == 15 else -0.5) + 0.1 * number
-        codes = _over(x - low, spread / reach).round_().clamp_(0, top)
-        weighted = weight * codes
-        sum_q, sum_qq, sum_qx = weighted.sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True), (weighted_x * codes).sum(-1, keepdim=True)  # fmt: skip
+    best = torch.full_like(low, float("inf"))
+    first = top - (1.0 if top == 15 else 0.5)
+    codes, weighted = torch.empty_like(x), torch.empty_like(x)
+    for number in range(-1, 7 if top == 15 else 5):
+        reach = top if number < 0 else first + 0.3 * number  # the plain rounding first
+        torch.mul(above, _over(torch.full_like(spread, reach), spread), out=codes).round_().clamp_(0, top)
+        sum_qx = _sum(torch.mul(weighted_x, codes, out=weighted))
+        sum_q = _sum(torch.mul(weight, codes, out=weighted))
+        sum_qq = _sum(torch.mul(weight, codes.square_(), out=weighted))
         determinant = total * sum_qq - sum_q.square()
         scale = _over(total * sum_qx - total_x * sum_q, determinant)
         minimum = _over(sum_qq * total_x - sum_q * sum_qx, determinant)
         positive = minimum > 0
         scale = torch.where(positive, _over(sum_qx, sum_qq), scale)
-        minimum = torch.where(positive, 0, minimum)
-        error = (codes * scale).add_(minimum).sub_(x).square_().mul_(weight).sum(-1, keepdim=True)
+        minimum = minimum.clamp_max_(0)
+        # Σ w·(s·q + m - x)², less Σ w·x²
+        error = scale * (scale * sum_qq + 2 * minimum * sum_q - 2 * sum_qx) + minimum * (minimum * total - 2 * total_x)
         better = (determinant > 0) & (scale > 0) & (error < best)
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
         best_low = torch.where(better, minimum, best_low)
-    return best_scale.squeeze(-1), -best_low.squeeze(-1)
+    return best_scale.view(shape), -best_low.view(shape)
 
 
 def _symmetric_scales(x: torch.Tensor, top: int) -> torch.Tensor:
     """The scale of each group, of either sign: codes run from ``-top`` to ``top - 1``, the largest value to ``-top``."""
+    shape = x.shape[:-1]
+    x = x.reshape(-1, x.shape[-1]).t().contiguous()
+    weighted_x = x.square() * x
     weight = x.square()
-    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-    best_scale = torch.zeros_like(largest)
-    best = torch.zeros_like(largest)
-    for number in range(-9, 10):
-        codes = (x * _over(torch.full_like(largest, -(top + 0.1 * number)), largest)).round_().clamp_(-top, top - 1)
-        weighted = weight * codes
-        product, square = (weighted * x).sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
+    largest = x.gather(0, x.abs().argmax(0, keepdim=True)).squeeze(0)
+    inverse = _over(torch.ones_like(largest), largest)
+    best_scale, best = torch.zeros_like(largest), torch.zeros_like(largest)
+    codes, weighted = torch.empty_like(x), torch.empty_like(x)
+    for number in range(-3, 4):
+        torch.mul(x, inverse * -(top + 0.3 * number), out=codes).round_().clamp_(-top, top - 1)
+        product = _sum(torch.mul(weighted_x, codes, out=weighted))
+        square = _sum(torch.mul(weight, codes.square_(), out=weighted))
         scale = _over(product, square)
         gain = scale * product  # the error of the best scale for these codes is Σ w·x² less this
         better = gain > best
         best = torch.where(better, gain, best)
         best_scale = torch.where(better, scale, best_scale)
-    return best_scale.squeeze(-1)
+    return best_scale.view(shape)
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, a power of two, in an order that depends on nothing else; ``x`` is used up."""
+    half = len(x) // 2
+    while half:
+        x[:half].add_(x[half : 2 * half])
+        half //= 2
+    return x[0].clone()
 
 
 def _over(value: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:

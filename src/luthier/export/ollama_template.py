@@ -33,7 +33,8 @@ class Parts:
     def for_ollama(self) -> str:
         """The same in Go's template language."""
         branches = "{{ else ".join(
-            f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}' for role, (before, after) in self.around.items()
+            f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+            for role, (before, after) in self.around.items()
         )
         default = f"{{{{ if not .System }}}}{self.default}{{{{ end }}}}" if self.default else ""
         return f"{default}{{{{ range .Messages }}}}{{{{ {branches}{{{{ end }}}}{{{{ end }}}}{self.asks}"
@@ -84,7 +85,12 @@ def _conversations() -> list[Messages]:
         told = [{"role": "system", "content": system}] if system else []
         return [*told, *({"role": ROLES[1 + index % 2], "content": text} for index, text in enumerate(texts))]
 
-    return [turns("A?"), turns("A?", "B.", "C?"), turns("A?", system="S."), turns("A?", "B.", "C?", "D.", "E?", system="S.")]
+    return [
+        turns("A?"),
+        turns("A?", "B.", "C?"),
+        turns("A?", system="S."),
+        turns("A?", "B.", "C?", "D.", "E?", system="S."),
+    ]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, ask: bool = True) -> str:
