@@ -1,6 +1,7 @@
 """What the proof of a GGUF finds, and what it says where llama.cpp is not there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ import tiny
 import torch
 from gguf_models import make_model, make_sentencepiece
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 
 import luthier
+from luthier.artifacts.gguf_header import read_gguf_header
 from luthier.export import gguf_names, gguf_proof, gguf_source
 from luthier.export.gguf_file import GgufBytes
 from luthier.export.to_gguf import export_gguf
+from luthier.models import gguf_tokenizer
 
 
 def proof_of(out: Path) -> dict:
@@ -42,9 +46,7 @@ def test_weights_that_are_not_the_models_fail_the_proof(llama, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_another_rule_for_cutting_text_fails_the_proof(llama, tmp_path, monkeypatch):
-    from luthier.export import gguf_tokenizer
-
-    monkeypatch.setattr(gguf_tokenizer, "rule_of", lambda tokenizer: "smollm")
+    monkeypatch.setattr("luthier.export.gguf_tokenizer.rule_of", lambda tokenizer: "smollm")
     with pytest.raises(luthier.ArtifactError, match="into other tokens"):
         export_gguf(llama, tmp_path / "out")
 
@@ -180,3 +182,29 @@ def test_value_that_the_kind_cannot_hold_is_an_error_and_nothing_is_left(value, 
     with pytest.raises(luthier.ArtifactError, match=what):
         export_gguf(folder, tmp_path / "out", quant=quant, prove=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o"])
+def test_rule_for_cutting_text_is_told_by_its_behaviour_and_is_llama_cpps(rule, llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.pre_tokenizer = gguf_tokenizer._cut(rule)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["ignore_merges"] = rule in ("llama-bpe", "tekken")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    export_gguf(folder, tmp_path / "out")
+    assert read_gguf_header(tmp_path / "out/model-F16.gguf").metadata["tokenizer.ggml.pre"] == rule
+    proof = proof_of(tmp_path / "out")
+    assert proof["verdict"] == "passed", proof
+
+
+def test_unknown_rule_for_cutting_text_is_refused(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(luthier.RequestError, match="by a rule that is not known"):
+        export_gguf(folder, tmp_path / "out", prove=False)

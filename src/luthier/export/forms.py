@@ -40,7 +40,8 @@ class Exported:
 
     def __str__(self) -> str:
         proof = self.proof or "not proven"
-        return f"{self.path}: {self.kind}; {proof}\nopen it: {self.opens_with}({str(self.path)!r})"
+        opened = self.opens_with if self.kind == "gguf" else f"{self.opens_with}({str(self.path)!r})"
+        return f"{self.path}: {self.kind}; {proof}\nopen it: {opened}"
 
 
 def weights_of(text: str | None) -> list[float] | None:
@@ -98,9 +99,9 @@ def export_folder(
         if is_adapter[0]:
             onto, known = (base, None) if base is not None else base_of(inner[0], sources[0])
             lora = export_gguf_lora(inner[0], onto, out, quant=quant, expected_base=known, prove=prove)
-            return Exported(out / lora.file, to, "llama-server -m BASE.gguf --lora ", lora.proof)
+            return Exported(out / lora.file, to, lora.served(out), lora.proof)
         made = export_gguf(inner[0], out, quant=quant, prove=prove)
-        return Exported(out / made.file, to, "llama-server -m ", made.proof)
+        return Exported(out / made.file, to, made.served(out), made.proof)
     if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged or adapter" if is_adapter[0] else "transformers"

@@ -75,5 +75,7 @@ llama-server -m base/model-F16.gguf --lora {made.file}
 ollama create {name.lower()} -f Modelfile      # after FROM names the base
 ```
 
+One file of both: `luthier export {adapter} merged --to merged`, then `luthier export merged out --to gguf`.
+
 Proof: {made.proof or "it was not proven"}
 """

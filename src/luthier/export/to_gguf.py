@@ -35,6 +35,15 @@ class GgufMade:
     notes: list[str] = field(default_factory=list)
     proof: str | None = None
 
+    def served(self, out: Path) -> str:
+        """The commands that serve it, and what to know."""
+        adapter = self.file.startswith("adapter")
+        lines = [f"llama-server -m {'BASE.gguf --lora ' if adapter else ''}{out / self.file}"]
+        lines.append(
+            f"ollama create {out.name.lower()} -f {out / 'Modelfile'}{'   # after its FROM names the base' if adapter else ''}"
+        )
+        return "\n".join([*lines, *(f"to know: {note}" for note in self.notes)])
+
 
 def export_gguf(
     folder: Path,

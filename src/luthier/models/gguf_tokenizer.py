@@ -37,7 +37,7 @@ _NAMED = {
 # Strings on which tokenizers differ: digits, contractions, spaces, line ends, scripts, marks, emoji, bytes.
 TRICKY = (
     "Hello world", " leading", "trailing ", "  two  three   ", "\ttab\t\ttabs", "line\nline\n\nline\r\nline\n\n\n", " \n \n", "\n  x",
-    "1", "12", "123", "1234", "12345.67", "x1y22z333", " 42", "1,234,567", "I'll I'LL we've O'Neil 's 'S don't", "a.b.c...", "!?!? ?!",
+    "1", "12", "123", "1234", "12345.67", "x1y22z333", " 42", "1,234,567", "I'll I'LL we've O'Neil 's 'S don't", "a.b.c...", "!?!? ?!", "camelCase HTTPServer iPhone's ÉCOLE", "http://x.y/z/\n",
     "foo_bar-baz/qux", "if (x == 1) {\n    return y;\n}\n", "Grüße, naïve café", "你好，世界", "日本語テキスト", "한국어", "русский текст", "العربية", "हिन्दी",
     "ไทย", "👋🏽👩‍👩‍👧", "e\u0301", "\u200b\u00a0x", "½ ² Ⅳ ٣", "<html>&amp;</html>", '{"key": [1, 2.5, null]}', "🦙", "ﬁ", "mixed中文and英文123", "",
 )  # fmt: skip
@@ -45,6 +45,12 @@ TRICKY = (
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}"
     r"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_UPPER, _LOWER = r"\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}", r"\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}"
+_CASED = (
+    rf"[^\r\n\p{{{{L}}}}\p{{{{N}}}}]?[{_UPPER}]*[{_LOWER}]+{{ending}}|[^\r\n\p{{{{L}}}}\p{{{{N}}}}]?[{_UPPER}]+[{_LOWER}]*{{ending}}"
+    r"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -129,7 +135,7 @@ def rule_of(tokenizer: Tokenizer) -> str | None:
     if tokenizer.pre_tokenizer is None:
         return None
     ignores = json.loads(tokenizer.to_str())["model"].get("ignore_merges", False)
-    names = ("gpt-2", "smollm", "llama-bpe" if ignores else "smaug-bpe", "qwen2", "qwen35")
+    names = ("gpt-2", "smollm", "llama-bpe" if ignores else "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
     for name in names:
         cut = _cut(name)
         assert cut is not None
@@ -151,6 +157,10 @@ def _cut(rule: str) -> pre_tokenizers.PreTokenizer | None:
         split = _SPLIT.format(letter=r"\p{L}", digits=r"\p{N}", letters=r"\p{L}")
     elif rule in _QWEN35:
         split = _SPLIT.format(letter=r"[\p{L}\p{M}]", digits=r"\p{N}", letters=r"\p{L}\p{M}")
+    elif rule == "tekken":
+        split = _CASED.format(ending="", digits=r"\p{N}")
+    elif rule == "gpt-4o":
+        split = _CASED.format(ending=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits=r"\p{N}{1,3}")
     else:
         return None
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
