@@ -128,7 +128,7 @@ class _Proving:
         self.folder, self.config, self.tokenizer, self.weights, self.file = folder, config, tokenizer, weights, file
         self.coarse = coarse
         self.quant = "the change" if coarse is not None else file.stem.rsplit("-", 1)[-1]
-        rows = config.get_text_config().vocab_size
+        self.rows = rows = config.get_text_config().vocab_size
         probes = [ids for text in TEXTS if (ids := tokenizer(text)["input_ids"][:PROBE_TOKENS])]
         self.ids = [ids for ids in probes if max(ids) < rows]
         self.lengths = [sorted({len(ids), max(1, len(ids) // 2), min(4, len(ids))}) for ids in self.ids]
@@ -147,7 +147,7 @@ class _Proving:
         moved = max(float((logits[f"file{i}"] - logits[f"original{i}"]).abs().max()) for i in range(len(self.ids)))
         if llama is None:
             return self._by_transformers(logits, told, differences, moved)
-        texts = compare_texts(self.tokenizer, llama["tokens"], llama["rendered"])
+        texts = compare_texts(self.tokenizer, self.rows, llama["tokens"], llama["rendered"])
         covered, differences = texts.covered, [*differences, *texts.differences]
         found, noise, largest = self._apart(llama, logits)
         bound = 4 * noise.largest + 1e-4 * largest
@@ -170,7 +170,7 @@ class _Proving:
             llama_prober,
             self.file,
             {
-                "file": str(self.file), "lora": None, "texts": proof_texts(self.tokenizer), "ids": self.ids, "lengths": self.lengths,
+                "file": str(self.file), "lora": None, "texts": proof_texts(self.tokenizer, self.rows), "ids": self.ids, "lengths": self.lengths,
                 "conversations": MESSAGES if self.tokenizer.chat_template else [], "greedy": self._asked(), "most": self.most,
             },
         )[0]  # fmt: skip
@@ -234,7 +234,7 @@ class _Proving:
         if llama is None:
             says = "the model does not fit into this machine's memory, and llama.cpp is not installed, so it was not opened."
             return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says)
-        texts = compare_texts(self.tokenizer, llama["tokens"], llama["rendered"])
+        texts = compare_texts(self.tokenizer, self.rows, llama["tokens"], llama["rendered"])
         covered, differences = ", ".join(texts.covered), texts.differences
         if differences:
             return Proof("failed", False, 0.0, 0.0, None, covered, "; ".join(differences) + ".", tuple(differences))

@@ -30,10 +30,10 @@ class TextsCompared:
     spaces: str | None = None
 
 
-def proof_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The strings whose tokens are compared."""
+def proof_texts(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """The strings whose tokens are compared; special tokens are those that have one of the embedding's rows."""
     found = [*TEXTS, *TRICKY]
-    for token in _specials(tokenizer)[:6]:
+    for token in _specials(tokenizer, rows)[:6]:
         found += [f"{token}x", f"x{token}\ny", f"x {token} y", f"{token}{token}"]
     if tokenizer.chat_template:
         found += [text for text in read_texts(tokenizer, MESSAGES, [])[0] if not text.startswith("refused")]
@@ -41,15 +41,17 @@ def proof_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def compare_texts(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]], rendered: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, rows: int, tokens: Sequence[Sequence[int]], rendered: Sequence[str]
 ) -> TextsCompared:
     """Compare llama.cpp's tokens of `proof_texts`, and its rendering of the probe conversations, with the tokenizer's."""
-    result, texts = TextsCompared(), proof_texts(tokenizer)
+    result, texts = TextsCompared(), proof_texts(tokenizer, rows)
     ours = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     other = [text for text, left, right in zip(texts, ours, tokens, strict=True) if left != list(right)]
     spared = _spares_spaces(tokenizer)
     spaces = [
-        text for text in other if spared and (text.startswith(" ") or any(s in text for s in _specials(tokenizer)))
+        text
+        for text in other
+        if spared and (text.startswith(" ") or any(token in text for token in _specials(tokenizer, rows)))
     ]
     rest = [text for text in other if text not in spaces]
     if rest:
@@ -77,8 +79,9 @@ def _compare_rendered(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[str
     result.covered.append(f"{len(pairs)} conversations in the chat template")
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return list(dict.fromkeys(str(token) for token in tokenizer.all_special_tokens))
+def _specials(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
+    return list(dict.fromkeys(str(token) for token, index in named if index < rows))
 
 
 def _spares_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:

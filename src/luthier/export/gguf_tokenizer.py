@@ -59,8 +59,9 @@ def tokenizer_metadata(
         told, tokens, kinds = _sentencepiece(content, rows, spaced)
     else:
         told, tokens, kinds = _byte_level(tokenizer, content, rows, folder)
-    if len(model["vocab"]) > rows:
-        notes.append(f"{len(model['vocab']) - rows} tokens beyond the {rows} rows of the embedding are left out.")
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
+    if beyond:
+        notes.append(f"{len(beyond)} tokens beyond the {rows} rows of the embedding are left out, such as {beyond[0]}.")
     if content.get("normalizer") and _normalises(content["normalizer"]):
         notes.append("The tokenizer brings text to Unicode's composed form first (NFC) and llama.cpp does not: text in another form is cut into other tokens.")  # fmt: skip
     told = {
