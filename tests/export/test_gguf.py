@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,3 +151,47 @@ def test_flags_of_other_forms_are_refused(llama, tmp_path, flags, what, capsys):
     assert what in capsys.readouterr().err
     assert main(["export", str(llama), str(tmp_path / "out"), "--to", "transformers", "--quant", "F16"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+SLOWED = (
+    "import sys, time\nfrom pathlib import Path\nfrom luthier.export import gguf_file, to_gguf\nread = gguf_file.GgufBytes.read\n"
+    "def slow(*given):\n    time.sleep(0.2)\n    return read(*given)\n"
+    "gguf_file.GgufBytes.read = slow\nto_gguf.export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='Q8_0', prove=False)"
+)
+
+
+@pytest.mark.slow
+def test_killed_export_leaves_nothing_under_its_name_and_the_next_one_writes_the_same_bytes(llama, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SLOWED, str(llama), str(tmp_path / "out")])
+    while not (tmp_path / ".partial-out/model-Q8_0.gguf").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    for name in ("out", "again"):
+        export_gguf(llama, tmp_path / name, quant="Q8_0", prove=False)
+    first, second = ((tmp_path / name / "model-Q8_0.gguf").read_bytes() for name in ("out", "again"))
+    assert first == second.replace(b"again", b"out") or first == second
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_few_stretches_whatever_the_models_size(tmp_path):
+    peaks = []
+    for layers in (2, 12):
+        folder = make_model("llama", tmp_path / f"model{layers}", hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, dtype=torch.bfloat16)  # fmt: skip
+        script = (
+            "import sys, resource\nfrom pathlib import Path\nfrom luthier.export import to_gguf\n"
+            "def anonymous():\n    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"
+            "from luthier.export import gguf_file\nread, seen = gguf_file.GgufBytes.read, []\n"
+            "def watched(*given):\n    seen.append(anonymous())\n    return read(*given)\n"
+            "gguf_file.GgufBytes.read = watched\n"
+            "to_gguf.export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='F16', prove=False)\nprint(max(seen) - min(seen))"
+        )
+        command = [sys.executable, "-c", script, str(folder), str(tmp_path / f"out{layers}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    small, large = peaks
+    assert large < small + 40, peaks  # MiB; the larger model has 300 MB of weights, the smaller 50
