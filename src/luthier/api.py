@@ -149,9 +149,10 @@ def export(
     density: float | None = None,
     seed: int = 0,
     onto: str | None = None,
+    quant: str | None = None,
     prove: bool = True,
 ) -> Exported:
-    """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast) or ``adapter``.
+    """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast), ``adapter`` or ``gguf``.
 
     Args:
         src: a run, RUN@best, a checkpoint, an adapter or a model folder; several adapters for a weighted sum.
@@ -165,7 +166,7 @@ def export(
     ]
     return export_folder(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
-        weights=weights, combine=combine, density=density, seed=seed, onto=onto, prove=prove,
+        weights=weights, combine=combine, density=density, seed=seed, onto=onto, quant=quant, prove=prove,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ VERBS = {
     "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
     "export": (
         "SRC DST --to FORM",
-        "write another form: merged, transformers (re-shard, cast) or adapter; streams; proves",
+        "write another form: merged, transformers (re-shard, cast), adapter or gguf; streams; proves",
     ),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
     "mend": ("SRC DST [--base PATH]", "write a repaired copy where the remedy is certain"),
@@ -166,10 +166,10 @@ def _parser(verb: str) -> ArgumentParser:
         add(
             "source",
             metavar="SRC",
-            help="a run, RUN@best, a checkpoint, an adapter, a model folder, or sharded weights",
+            help="a run, RUN@best, a checkpoint, an adapter, a model folder, a GGUF file, or sharded weights",
         )
         add("target", metavar="DST", help="the folder to write; it must not exist, or be an unfinished export's")
-        add("--to", required=True, metavar="FORM", help="merged, transformers or adapter")
+        add("--to", required=True, metavar="FORM", help="merged, transformers, adapter or gguf")
         add("--base", metavar="PATH", help="the base under an adapter, or that sharded weights were trained from")
         add("--with", dest="others", action="append", default=[], metavar="PATH", help="a further adapter to merge in")
         add("--weights", metavar="W,W", help="a factor for each adapter, SRC's first (1 each)")
@@ -178,6 +178,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("--seed", type=int, default=0, metavar="N", help="of what the dare methods drop (0)")
         add("--onto", metavar="VALUES", help="over a quantised base: trained (the values it saw) or original (--base)")
         add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
+        add("--quant", metavar="KIND", help="with --to gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M (F16)")
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
         add("--no-proof", action="store_true", help="neither read the result back nor open it with plain libraries")
     if verb == "eval":
@@ -338,7 +339,7 @@ def _export(options: Namespace) -> int:
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
         base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
         weights=weights_of(options.weights), combine=options.combine, density=options.density, seed=options.seed,
-        onto=options.onto, prove=not options.no_proof,
+        onto=options.onto, quant=options.quant, prove=not options.no_proof,
     )  # fmt: skip
     print(made)
     return 0

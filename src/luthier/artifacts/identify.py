@@ -343,7 +343,13 @@ def _trainer_checkpoint(contents: Contents) -> Artifact:
 def _ggufs(contents: Contents) -> Artifact:
     files = sorted(name for name in contents.files if name.endswith(".gguf"))
     if len(files) == 1:
-        return _gguf(contents.path / files[0])
+        result = _gguf(contents.path / files[0])
+        if manifests.NAME in contents.files:
+            result.path = contents.path
+            manifest, faults = manifests.check_whole(contents.path)
+            result.problems += faults
+            result.parents = list(manifest.facts.get("parents", [])) if manifest else []
+        return result
     result = Artifact(contents.path, "gguf", facts={"files": files})
     result.problems = [*contents.problems, Problem("which-gguf", f"{len(files)} GGUF files lie here.", f"Name one, such as {files[0]}.", fault=False)]  # fmt: skip
     return result

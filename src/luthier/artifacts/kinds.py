@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from luthier.artifacts import manifest as manifests
@@ -38,7 +39,7 @@ def kind_of_folder(contents: Contents) -> str:
         return "adapter" if has_adapter_weights(contents) or not has_model_weights(contents) else "base"
     if has_adapter_weights(contents) or (has_model_weights(contents) and holds_only_an_adapter(contents)):
         return "adapter"
-    if manifests.NAME in files:
+    if manifests.NAME in files and (CONFIG in files or not _ggufs(files)):
         return "base"
     if CONFIG in files and (has_model_weights(contents) or not _inner(contents)):
         return "base"
@@ -50,7 +51,11 @@ def kind_of_folder(contents: Contents) -> str:
         return "state_dict"
     if "checkpoints" in folders:
         return "run"
-    return "gguf" if any(name.endswith(".gguf") for name in files) else "unknown"
+    return "gguf" if _ggufs(files) else "unknown"
+
+
+def _ggufs(files: Collection[str]) -> list[str]:
+    return [name for name in files if name.endswith(".gguf")]
 
 
 def has_adapter_weights(contents: Contents) -> bool:

@@ -18,6 +18,8 @@ from luthier.export import exported_folder as folders
 from luthier.export.bare import export_bare
 from luthier.export.combine import combination_of
 from luthier.export.dequantise import dequantised
+from luthier.export.gguf_lora import export_gguf_lora
+from luthier.export.gguf_source import export_from_gguf, gguf_file
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
@@ -25,9 +27,10 @@ from luthier.export.read_back import check_written
 from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
+from luthier.export.to_gguf import export_gguf
 from luthier.export.unfinished import unfinished
 
-FORMS = ("merged", "transformers", "adapter")
+FORMS = ("merged", "transformers", "adapter", "gguf")
 ONTO = ("trained", "original")
 
 
@@ -44,7 +47,8 @@ class Exported:
     def __str__(self) -> str:
         proof = self.proof or "not proven"
         notes = "".join(f"\n- {note}" for note in self.notes)
-        return f"{self.path}: {self.kind}; {proof}{notes}\nopen it: {self.opens_with}({str(self.path)!r})"
+        opened = self.opens_with if self.kind == "gguf" else f"{self.opens_with}({str(self.path)!r})"
+        return f"{self.path}: {self.kind}; {proof}{notes}\nopen it: {opened}"
 
 
 def weights_of(text: str | None) -> list[float] | None:
@@ -74,6 +78,7 @@ def export_folder(
     density: float | None = None,
     seed: int = 0,
     onto: str | None = None,
+    quant: str | None = None,
     prove: bool = True,
 ) -> Exported:
     """Export to ``merged``, ``transformers`` or ``adapter``.
@@ -92,6 +97,8 @@ def export_folder(
         RequestError: the form is unknown or does not go with what is there, or ``out`` exists.
         ArtifactError: a source is damaged or does not fit, or the proof failed.
     """
+    if quant is not None and to != "gguf":
+        raise RequestError("--quant is the form gguf's.", code="form", where="--quant", remedy="Leave it out, or export --to gguf.")  # fmt: skip
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
@@ -99,10 +106,22 @@ def export_folder(
     if bare is not None:
         opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
         return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
+    if (file := gguf_file(sources[0])) is not None and to == "transformers" and len(sources) == 1:
+        export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+        return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out))
     inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
+    if to == "gguf" and (dtype or shard_size or weights is not None or combine or onto):
+        raise RequestError("--dtype, --shard-size, --weights, --combine and --onto are not the form gguf's.", code="form", where="--to gguf", remedy="--quant says how it is packed; the file is one.")  # fmt: skip
+    if to == "gguf" and len(inner) == 1:
+        if is_adapter[0]:
+            under, known = (base, None) if base is not None else base_of(inner[0], sources[0])
+            lora = export_gguf_lora(inner[0], under, out, quant=quant, expected_base=known, prove=prove)
+            return Exported(out / lora.file, to, lora.served(out), lora.proof)
+        made = export_gguf(inner[0], out, quant=quant, prove=prove)
+        return Exported(out / made.file, to, made.served(out), made.proof)
     if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged or adapter" if is_adapter[0] else "transformers"
@@ -127,8 +146,13 @@ def export_folder(
     else:
         said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
+    return Exported(out, to, opens, proof_line(out), tuple(said))
+
+
+def proof_line(out: Path) -> str | None:
+    """What a folder's proof says."""
     told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
-    return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None, tuple(said))
+    return f"{told['verdict']}: {told['says']}" if told else None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
         probe = _probe(folder, "float32")
         found = plain_answers(folder, probe, tokenizer=False)
         expected = plain_answers(adapter, probe, base=str(base), rounding=ROUNDING[dtype], tokenizer=False)
-        return _checked(within(expected, found, dtype=dtype, device="cpu"), folder)
+        return checked(within(expected, found, dtype=dtype, device="cpu"), folder)
 
     return prove
 
@@ -72,7 +72,7 @@ def prove_quantised_merge(live: Path, adapter: Path, onto: str, other: Path | No
                 words = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
                 merged = merge_folders(other, adapter, Path(scratch) / "other", dtype=words.get(dtype))
                 beside = largest_difference(expected.logits, plain_answers(merged, probe, tokenizer=False).logits)
-        return _checked(onto_quantised(expected, found, onto, beside, dtype=dtype), folder)
+        return checked(onto_quantised(expected, found, onto, beside, dtype=dtype), folder)
 
     return prove
 
@@ -152,12 +152,17 @@ def prove_copy(source: Path, word: str | None) -> Callable[[Path], bytes]:
             expected = plain_answers(source, probe, tokenizer=asked)
         except ArtifactError as error:
             return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", f"the source does not open: {error.message}").to_bytes()  # fmt: skip
-        return _checked(compare(expected, plain_answers(folder, probe, tokenizer=asked), device="cpu"), folder)
+        return checked(compare(expected, plain_answers(folder, probe, tokenizer=asked), device="cpu"), folder)
 
     return prove
 
 
-def _checked(proof: Proof, folder: Path) -> bytes:
+def checked(proof: Proof, folder: Path) -> bytes:
+    """The proof as a file.
+
+    Raises:
+        ArtifactError: it failed.
+    """
     if proof.verdict == "failed":
         raise ArtifactError(
             f"the proof failed: {proof.says} Nothing was published.",

@@ -76,17 +76,21 @@ def write_stream(
     shard_bytes: int = DEFAULT_SHARD,
     witness: Source | None = None,
     journal: Journal | None = None,
+    planned: list[FilePlan] | None = None,
 ) -> Written:
     """Write tensors and small files into the empty folder ``target``; the manifest is returned, not written.
 
     Args:
         witness: a source whose own stretches are digested on the way, for its fingerprint.
         journal: what an interrupted call has left in ``target``, which is taken over.
+        planned: the files of another format, laid out already.
 
     Raises:
         LuthierError: there is less room than the files need.
     """
-    files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
+    files, index = planned, None
+    if files is None:
+        files, index = plan_files([output.spec for output in outputs], stem, metadata, shard_bytes)
     wholes = {**small, **({f"{stem}.safetensors.index.json": index} if index else {})}
     if journal is not None:
         journal.begin(b"".join(file.header for file in files) + digest_of(b"".join(wholes[n] for n in sorted(wholes))).encode())  # fmt: skip

@@ -7,7 +7,8 @@ has no place for. The other architectures go through transformers, and the trace
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from luthier.artifacts.gguf_header import GgufHeader
+from luthier.artifacts.gguf_header import GgufHeader, GgufTensor
 from luthier.errors import ArtifactError, RequestError
 from luthier.models.coverage import check_coverage
 from luthier.models.source import BaseSource
@@ -33,6 +34,7 @@ _KEYS = {  # GGUF's keys (after the architecture's name) to config names
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+ROPE_FREQS = "rope_freqs.weight"
 _OWN_SCALING = ("gpt-oss", "gpt_oss")  # architectures whose scaling transformers takes over from the file
 
 
@@ -42,16 +44,18 @@ def gguf_config(source: BaseSource, header: GgufHeader) -> PreTrainedConfig:
     Raises:
         RequestError: the architecture cannot be opened, or scales its positions in a way that would get lost.
     """
+    rope = _dense_rope(source, header) if _is_dense(header) else None
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in header.tensors or (scaling != "none" and header.architecture not in _OWN_SCALING):
+    scaled = "rope_freqs.weight" in header.tensors or (scaling != "none" and header.architecture not in _OWN_SCALING)
+    if scaled and rope is None:
         raise RequestError(
             f"{source.name} scales its rotary positions, which cannot be taken over from a GGUF.",
             code="gguf-rope",
             where="model.path",
             remedy="Give the model's folder in transformers format instead.",
         )
-    if _is_dense(header):
-        return _dense_config(header)
+    if rope is not None:
+        return _dense_config(header, rope)
     assert source.path is not None
     try:
         config = AutoConfig.from_pretrained(source.path.parent, gguf_file=source.path.name)
@@ -111,7 +115,7 @@ def _is_dense(header: GgufHeader) -> bool:
     return header.architecture in DENSE and f"{header.architecture}.expert_count" not in header.metadata
 
 
-def _dense_config(header: GgufHeader) -> PreTrainedConfig:
+def _dense_config(header: GgufHeader, rope: dict[str, Any]) -> PreTrainedConfig:
     data, prefix = header.metadata, header.architecture
     values = {name: data[f"{prefix}.{key}"] for key, name in _KEYS.items() if f"{prefix}.{key}" in data}
     values |= {
@@ -119,17 +123,72 @@ def _dense_config(header: GgufHeader) -> PreTrainedConfig:
         for key, name in _TOKENS.items()
         if f"tokenizer.ggml.{key}_token_id" in data
     }
+    if prefix == "llama":
+        values["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
     if prefix == "llama" and "head_dim" not in values and f"{prefix}.rope.dimension_count" in data:
         values["head_dim"] = data[f"{prefix}.rope.dimension_count"]
     return AutoConfig.for_model(
         prefix,
         vocab_size=header.tensors["token_embd.weight"].shape[0],
-        rope_parameters={"rope_type": "default", "rope_theta": data.get(f"{prefix}.rope.freq_base", 10000.0)},
+        rope_parameters=rope,
         tie_word_embeddings="output.weight" not in header.tensors,
         attention_bias="blk.0.attn_q.bias" in header.tensors,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(prefix))].__name__],
         **values,
     )
+
+
+def _dense_rope(source: BaseSource, header: GgufHeader) -> dict[str, Any] | None:
+    """The rotary positions' settings; None where their scaling is of a kind that has no name in transformers."""
+    data = {
+        key.partition(".rope.")[2]: value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{header.architecture}.rope.")
+    }
+    theta, kind = float(data.get("freq_base", 10000.0)), data.get("scaling.type", "none")
+    if ROPE_FREQS in header.tensors:
+        return _llama3_rope(torch.from_numpy(next(_values(source, {ROPE_FREQS: header.tensors[ROPE_FREQS]}))[1]), theta)
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    told = {"rope_type": kind, "rope_theta": theta, "factor": data.get("scaling.factor")}
+    if kind == "linear":
+        return told
+    original = data.get("scaling.original_context_length")
+    known = {"type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow", "finetuned"}
+    if (
+        kind != "yarn"
+        or not original
+        or {key.removeprefix("scaling.") for key in data if key.startswith("scaling.")} - known
+    ):
+        return None
+    betas = {key: data[f"scaling.yarn_{key}"] for key in ("beta_fast", "beta_slow") if f"scaling.yarn_{key}" in data}
+    return {**told, **betas, "original_max_position_embeddings": original}
+
+
+def _llama3_rope(factors: torch.Tensor, theta: float) -> dict[str, Any] | None:
+    """The settings of transformers' `llama3` scaling that make these factors."""
+    for power in range(5, 18):
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1 << power,
+        }
+        if torch.allclose(llama3_factors(rope, 2 * factors.numel()), factors, rtol=1e-5):
+            return rope
+    return None
+
+
+def llama3_factors(rope: Mapping[str, Any], width: int) -> torch.Tensor:
+    """What each frequency of `width` rotated elements is divided by, as transformers' `llama3` scaling changes it."""
+    low, high, factor = float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), float(rope["factor"])
+    original = float(rope["original_max_position_embeddings"])
+    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
+    turns = original / (2 * math.pi * float(rope["rope_theta"]) ** exponents)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
 def _dense_weights(
@@ -157,8 +216,13 @@ def file_names(architecture: str, config: PreTrainedConfig) -> dict[str | None, 
 
 
 def unpacked(source: BaseSource, header: GgufHeader) -> Iterator[tuple[str, numpy.ndarray]]:
+    """Every tensor of weights by its name in the file, in fp32."""
+    return _values(source, {name: tensor for name, tensor in header.tensors.items() if name != ROPE_FREQS})
+
+
+def _values(source: BaseSource, tensors: Mapping[str, GgufTensor]) -> Iterator[tuple[str, numpy.ndarray]]:
     data = numpy.memmap(str(source.path), mode="r", dtype=numpy.uint8).view(numpy.ndarray)
-    for name, tensor in header.tensors.items():
+    for name, tensor in tensors.items():
         rows = tensor.shape[:-1]
         blocks = data[tensor.offset : tensor.offset + tensor.size].reshape(*rows, -1)
         if tensor.kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):

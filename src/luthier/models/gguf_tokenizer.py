@@ -7,6 +7,7 @@ other ids than the model was trained on: digits of SmolLM2 would be joined to th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _QWEN2 = {"qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2
 _QWEN35 = {"qwen35"}
 _KNOWN_TO_TRANSFORMERS = {"tekken", "gpt-4o", "llama4", "minimax-m2"}
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _NAMED = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -33,9 +34,23 @@ _NAMED = {
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
 
+# Strings on which tokenizers differ: digits, contractions, spaces, line ends, scripts, marks, emoji, bytes.
+TRICKY = (
+    "Hello world", " leading", "trailing ", "  two  three   ", "\ttab\t\ttabs", "line\nline\n\nline\r\nline\n\n\n", " \n \n", "\n  x",
+    "1", "12", "123", "1234", "12345.67", "x1y22z333", " 42", "1,234,567", "I'll I'LL we've O'Neil 's 'S don't", "a.b.c...", "!?!? ?!", "camelCase HTTPServer iPhone's ÉCOLE", "http://x.y/z/\n",
+    "foo_bar-baz/qux", "if (x == 1) {\n    return y;\n}\n", "Grüße, naïve café", "你好，世界", "日本語テキスト", "한국어", "русский текст", "العربية", "हिन्दी",
+    "ไทย", "👋🏽👩‍👩‍👧", "e\u0301", "\u200b\u00a0x", "½ ² Ⅳ ٣", "<html>&amp;</html>", '{"key": [1, 2.5, null]}', "🦙", "ﬁ", "mixed中文and英文123", "",
+)  # fmt: skip
+
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}"
     r"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_UPPER, _LOWER = r"\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}", r"\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}"
+_CASED = (
+    rf"[^\r\n\p{{{{L}}}}\p{{{{N}}}}]?[{_UPPER}]*[{_LOWER}]+{{ending}}|[^\r\n\p{{{{L}}}}\p{{{{N}}}}]?[{_UPPER}]+[{_LOWER}]*{{ending}}"
+    r"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -80,15 +95,15 @@ def open_gguf_tokenizer(source: BaseSource, header: GgufHeader) -> tuple[PreTrai
 
 def _byte_level(metadata: dict[str, Any], cut: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerBase:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = cut
     backend.decoder = decoders.ByteLevel()
     added = [
-        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        AddedToken(token, special=kind == CONTROL, normalized=False)
         for token, kind in zip(tokens, kinds, strict=True)
-        if kind in (_CONTROL, _USER_DEFINED)
+        if kind in (CONTROL, USER_DEFINED)
     ]
     backend.add_special_tokens([token for token in added if token.special])
     backend.add_tokens([token for token in added if not token.special])
@@ -112,6 +127,23 @@ def _by_transformers(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def rule_of(tokenizer: Tokenizer) -> str | None:
+    """The name in llama.cpp of the rule by which a byte-level tokenizer cuts text; None where none of those here is it.
+
+    It is told by its behaviour, since the same rule is written down in several ways.
+    """
+    if tokenizer.pre_tokenizer is None:
+        return None
+    ignores = json.loads(tokenizer.to_str())["model"].get("ignore_merges", False)
+    names = ("gpt-2", "smollm", "llama-bpe" if ignores else "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
+    for name in names:
+        cut = _cut(name)
+        assert cut is not None
+        if all(cut.pre_tokenize_str(text) == tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in TRICKY):
+            return name
+    return None
+
+
 def _cut(rule: str) -> pre_tokenizers.PreTokenizer | None:
     """The cutting rule by its name in the file; None for one that is not written down here."""
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -125,6 +157,10 @@ def _cut(rule: str) -> pre_tokenizers.PreTokenizer | None:
         split = _SPLIT.format(letter=r"\p{L}", digits=r"\p{N}", letters=r"\p{L}")
     elif rule in _QWEN35:
         split = _SPLIT.format(letter=r"[\p{L}\p{M}]", digits=r"\p{N}", letters=r"\p{L}\p{M}")
+    elif rule == "tekken":
+        split = _CASED.format(ending="", digits=r"\p{N}")
+    elif rule == "gpt-4o":
+        split = _CASED.format(ending=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits=r"\p{N}{1,3}")
     else:
         return None
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
