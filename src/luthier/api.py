@@ -145,6 +145,10 @@ def export(
     dtype: str | None = None,
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    onto: str | None = None,
     prove: bool = True,
 ) -> Exported:
     """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast) or ``adapter``.
@@ -161,7 +165,7 @@ def export(
     ]
     return export_folder(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
-        weights=weights, prove=prove,
+        weights=weights, combine=combine, density=density, seed=seed, onto=onto, prove=prove,
     )  # fmt: skip
 
 

@@ -173,6 +173,10 @@ def _parser(verb: str) -> ArgumentParser:
         add("--base", metavar="PATH", help="the base under an adapter, or that sharded weights were trained from")
         add("--with", dest="others", action="append", default=[], metavar="PATH", help="a further adapter to merge in")
         add("--weights", metavar="W,W", help="a factor for each adapter, SRC's first (1 each)")
+        add("--combine", metavar="METHOD", help="linear (the sum), ties, dare_linear, dare_ties or magnitude_prune")
+        add("--density", type=float, metavar="D", help="share of values that ties, dare and magnitude_prune keep")
+        add("--seed", type=int, default=0, metavar="N", help="of what the dare methods drop (0)")
+        add("--onto", metavar="VALUES", help="over a quantised base: trained (the values it saw) or original (--base)")
         add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
         add("--no-proof", action="store_true", help="neither read the result back nor open it with plain libraries")
@@ -333,7 +337,8 @@ def _export(options: Namespace) -> int:
     made = export_folder(
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
         base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
-        weights=weights_of(options.weights), prove=not options.no_proof,
+        weights=weights_of(options.weights), combine=options.combine, density=options.density, seed=options.seed,
+        onto=options.onto, prove=not options.no_proof,
     )  # fmt: skip
     print(made)
     return 0

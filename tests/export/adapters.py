@@ -4,7 +4,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+
+PROBE = torch.arange(3, 43)[None] * 7 % 320
 
 
 def make_gpt2(folder: Path, *, seed: int = 0) -> Path:
@@ -12,6 +21,23 @@ def make_gpt2(folder: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_gpt_oss(folder: Path) -> Path:
+    """A GPT-OSS, whose experts are fused, hold their weights transposed and have biases."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, pad_token_id=0, eos_token_id=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                weight.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -29,3 +55,16 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 1, grow: int = 0, **se
                 parameter.copy_(parameter.abs() * (1 + spread) if "magnitude" in name else parameter + spread)
     adapted.save_pretrained(folder)
     return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=PROBE).logits
+
+
+def opened(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}

@@ -137,7 +137,7 @@ def test_target_that_exists_or_lies_in_a_source_is_refused(base, adapter, tmp_pa
         luthier.export(adapter, base / "inner", to="merged")
 
 
-@pytest.mark.parametrize("setting", [{"peft_type": "IA3"}, {"init_lora_weights": "pissa"}, {"use_qalora": True}])
+@pytest.mark.parametrize("setting", [{"peft_type": "FROD"}, {"init_lora_weights": "pissa"}, {"use_qalora": True}])
 def test_method_without_a_formula_is_refused_by_name(setting, base, adapter, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -19,10 +19,17 @@ PEFT = "base_model.model."
 ADAPTER_PARTS = (
     "lora_", "hada_", "lokr_", "ia3_", "oft_", "boft_", "vera_", "randlora_", "fourierft_", "vblora_", "hra_", "bone_",
     "miss_", "shira_", "c3a_", "waveft_", "road_", "delora_", "gralora_", "osf_", "ln_tuning_", "trainable_tokens_", "token_adapter",
+    "adamss_", "beft_", "deft_", "glora_", "hira_", "lily_", "peanut_", "psoft_", "pvera_", "supertuning_", "tinylora_", "unilora_",
 )  # fmt: skip
 _LEAVES = ("weight", "bias", "trainable_tokens_delta")
+# What may follow an adapter's own part in a file; anything else there is the adapter's name in memory.
+_INNER = (*_LEAVES, "S_low", "U_low", "V_low", "X", "Xd", "Xu", "zeros", "vector_a", "vector_b", "module_logits")
+_NUMBERED = ("tinylora_v", "adamss_A", "adamss_B")  # lists of tensors: a number follows
 # Tensors that belong to no layer: peft writes them to files without its prefix, or with another.
-_SHARED = ("prompt_embeddings", "prompt_encoder.", "base_model.vera_", "base_model.randlora_", "base_model.vblora_")
+_SHARED = (
+    "prompt_embeddings", "prompt_encoder.", "prefix_task_", "base_model.vera_", "base_model.randlora_", "base_model.vblora_",
+    "base_model.pvera_", "base_model.tinylora_", "base_model.unilora_", "base_model.frod_", "base_model.shadow_",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def of_adapter(name: str) -> AdapterName:
     if own is not None and parts[own] == "token_adapter" and parts[own + 1 : own + 2] == ["trainable_tokens_delta"]:
         own += 1
     inner = None
-    if own is not None and len(parts) > own + 1 and parts[own + 1] not in _LEAVES:
+    if own is not None and len(parts) > own + 1 and not _is_inner(parts[own], parts[own + 1]):
         inner = parts.pop(own + 1)
         if parts[own] == "lora_magnitude_vector" and parts[-1] == "weight":
             parts.pop()  # DoRA's vector is a module in memory and a bare tensor in files
@@ -70,6 +77,10 @@ def of_adapter(name: str) -> AdapterName:
         del parts[at : at + 1 + named]
     plain = ".".join(parts)
     return AdapterName(plain if plain.startswith(_SHARED) else PEFT + plain, inner)
+
+
+def _is_inner(own: str, following: str) -> bool:
+    return following in _INNER or (own in _NUMBERED and following.isdigit())
 
 
 def is_adapters(name: str) -> bool:

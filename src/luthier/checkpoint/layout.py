@@ -141,6 +141,9 @@ def _groups(
     model: nn.Module, left: dict[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
 ) -> tuple[tuple[str, ...], ...]:
     """Split the tensors whose conversion is no view into the smallest sets that convert on their own: by layer."""
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    if is_adapter(model) and {name: tensor.shape for name, tensor in to_files(model, {}).items()} == shapes:
+        return ((),)  # peft takes these from its own modules (prompts, indices), whatever tensors it is given
     by_layer: dict[str, list[str]] = {}
     for name in left:
         found = re.match(r".*?\.\d+\.", name)
@@ -151,7 +154,7 @@ def _groups(
         outputs |= {
             name: tensor.shape for name, tensor in to_files(model, {name: left[name] for name in group}).items()
         }
-    if outputs == {name: tensor.shape for name, tensor in wanted.items()}:
+    if outputs == shapes:
         return groups
     return (tuple(sorted(left)),)
 

@@ -19,6 +19,7 @@ from luthier.artifacts import fingerprint, names
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
+from luthier.export.methods import THROUGH_PEFT, why_not
 from luthier.export.source import SafetensorsSource, Source, open_source
 
 # Variants of LoRA whose merged form is another formula, by the key of adapter_config.json that asks for them.
@@ -35,7 +36,10 @@ _PART = re.compile(
 
 @dataclass
 class Adapter:
-    """One adapter: ``parts[module][part]`` and ``wholes[tensor]`` are names in ``source``."""
+    """One adapter: ``parts[module][part]`` and ``wholes[tensor]`` are names in ``source``.
+
+    ``others`` are the tensors of a method that peft merges, under the names that peft writes.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -44,12 +48,17 @@ class Adapter:
     weight: float = 1.0
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
     wholes: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("peft_type") or "").upper()
 
     def spec(self, module: str, part: str) -> TensorSpec:
         return self.source.specs[self.parts[module][part]]
 
     def scaling(self, key: str, rank: int, where: str) -> float:
-        """The factor of a layer's product, its share of a weighted sum included.
+        """The factor of a layer's product.
 
         Raises:
             ArtifactError: the tensors are of another rank than the config says.
@@ -63,7 +72,7 @@ class Adapter:
                 remedy="The two files belong to different adapters, or rank_pattern is missing.",
             )
         alpha = float(self._pattern("alpha_pattern", key, self.config.get("lora_alpha", 8)))
-        return self.weight * alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _pattern(self, name: str, key: str, default: Any) -> Any:
         for pattern, value in (self.config.get(name) or {}).items():
@@ -96,6 +105,9 @@ def _read(folder: Path, weight: float, stack: ExitStack) -> Adapter:
     source = stack.enter_context(open_source(folder, "adapter_model"))
     adapter = Adapter(folder, config, source, _fingerprint(folder, source), weight)
     for name, plain in names.renamed(source.specs, adapter=True, where=str(folder)).items():
+        if adapter.method in THROUGH_PEFT and not plain.endswith("trainable_tokens_delta"):
+            adapter.others[plain] = name
+            continue
         plain = plain.removeprefix(names.PEFT)
         found = _PART.fullmatch(plain)
         if found:
@@ -108,22 +120,16 @@ def _read(folder: Path, weight: float, stack: ExitStack) -> Adapter:
 
 def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     method = str(config.get("peft_type") or "").upper()
-    why = None
-    if method not in ("LORA", "TRAINABLE_TOKENS"):
-        why = f"adapters of type {method or 'unknown'} have no formula for merging here"
-    else:
+    found = why_not(method)
+    if found is None and method == "LORA":
+        remedy = "Serve the adapter on its base, or merge it in memory with peft's merge_and_unload."
         variant = next((key for key in VARIANTS if config.get(key)), None)
         if variant:
-            why = f"its LoRA is of a variant ({variant}) that is not merged by the plain formula"
-        elif method == "LORA" and not _init_is_plain(config):
-            why = f"init_lora_weights: {config['init_lora_weights']} changes the base's weights when peft loads it"
-    if why:
-        raise RequestError(
-            f"{why}.",
-            code="cannot-merge",
-            where=str(folder),
-            remedy="Serve the adapter on its base, or merge it in memory with peft's merge_and_unload.",
-        )
+            found = f"its LoRA is of a variant ({variant}) that is not merged by the plain formula", remedy
+        elif not _init_is_plain(config):
+            found = f"init_lora_weights: {config['init_lora_weights']} changes the base's weights when peft loads it", remedy  # fmt: skip
+    if found:
+        raise RequestError(f"{found[0]}.", code="cannot-merge", where=str(folder), remedy=found[1])
 
 
 def _init_is_plain(config: dict[str, Any]) -> bool:

@@ -35,6 +35,13 @@ def word_of(dtype: str | None) -> str | None:
     return WORDS[dtype] if dtype else None
 
 
+def word_in(config: Mapping[str, Any]) -> str:
+    """safetensors' word for the dtype that a config says the model has; fp32 where it says none."""
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    told = config.get("dtype") or config.get("torch_dtype") or (inner or {}).get("dtype")
+    return next((word for word, name in DTYPES.items() if name == told), "F32")
+
+
 def check_target(out: Path, sources: Sequence[Path]) -> None:
     """Raises RequestError where ``out`` exists, or would lie in a folder that is read."""
     if out.exists():
@@ -48,19 +55,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config of a transformers folder.
 
     Raises:
-        RequestError: there is none, or the weights are quantised.
+        RequestError: there is none.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise RequestError("there is no config.json here, so it is no transformers folder.", code="not-a-model", where=str(folder), remedy="Name a model's folder; --base gives an adapter's base.")  # fmt: skip
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
-        raise RequestError(
-            "its weights are quantised, and this version exports 16-bit and 32-bit weights only.",
-            code="quantised-base",
-            where=str(folder),
-            remedy="Give the folder of the original weights with --base.",
-        )
     return config
 
 
@@ -73,7 +73,8 @@ def changed_config(
     for output in outputs:
         counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.spec.size
     dtype = DTYPES.get(max(counts, key=lambda word: counts[word]), "float32")
-    changed.pop("torch_dtype", None)
+    for key in ("torch_dtype", "quantization_config"):  # what is written is never quantised, whatever it was read from
+        changed.pop(key, None)
     changed["dtype"] = dtype
     inner = dict(changed["text_config"]) if isinstance(changed.get("text_config"), dict) else None
     for key, value in (("tie_word_embeddings", False if untied else None), ("vocab_size", vocabulary)):

@@ -16,9 +16,11 @@ from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
 from luthier.export.bare import export_bare
+from luthier.export.combine import combination_of
+from luthier.export.dequantise import dequantised
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
-from luthier.export.proofs import prove_copy, prove_merge
+from luthier.export.proofs import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
 from luthier.export.read_back import check_written
 from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
@@ -26,6 +28,7 @@ from luthier.export.stream import WHOLE, Output, write_stream
 from luthier.export.unfinished import unfinished
 
 FORMS = ("merged", "transformers", "adapter")
+ONTO = ("trained", "original")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ def export_folder(
     dtype: str | None = None,
     shard_size: str | None = None,
     weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    onto: str | None = None,
     prove: bool = True,
 ) -> Exported:
     """Export to ``merged``, ``transformers`` or ``adapter``.
@@ -75,6 +82,11 @@ def export_folder(
         sources: one artefact; for ``merged`` also several adapters on the same base.
         base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
         weights: a factor for each adapter.
+        combine: how several adapters become one change: linear (their weighted sum), ties, dare_linear, dare_ties, magnitude_prune.
+        density: the share of values that the last four keep.
+        seed: of what the dare methods drop.
+        onto: where the adapter was trained on a quantised base: ``trained``, the values it saw, or ``original``, the
+            weights given as ``base``. Without it, what ``base`` or the adapter names.
 
     Raises:
         RequestError: the form is unknown or does not go with what is there, or ``out`` exists.
@@ -97,19 +109,76 @@ def export_folder(
         raise RequestError(f"{inner[0]} is {what}, which cannot be exported to {to}.", code="form", where="--to", remedy=f"Export it to {fitting}.")  # fmt: skip
     if weights is not None and len(weights) != len(inner):
         raise RequestError(f"there are {len(inner)} adapters and {len(weights)} weights.", code="form", where="--weights", remedy="Give one number an adapter.")  # fmt: skip
+    combination = combination_of(combine, density, seed)
+    if combination is not None and len(inner) == 1:
+        raise RequestError("there is one adapter, and nothing to combine it with.", code="combine", where="--combine", remedy="Name the others by --with.")  # fmt: skip
     said: list[str] = []
     if to == "merged":
-        named, expected = (base, None) if base is not None else base_of(inner[0], sources[0])
-        proof = prove_merge(named, inner[0]) if prove and len(inner) == 1 and weights is None else None
+        chosen = _choose_base(inner[0], sources[0], base, onto)
+        named, expected, proof = chosen.folder, chosen.fingerprint, None
+        if prove and len(inner) == 1 and weights is None:
+            proof = prove_merge(named, inner[0]) if chosen.live is None else prove_quantised_merge(
+                chosen.live, inner[0], chosen.onto, chosen.other
+            )  # fmt: skip
         merge_folders(
-            named, inner, out, dtype=dtype, weights=weights, shard_bytes=shard_bytes, expected_base=expected,
-            prove=proof, check=check_written if prove else None, report=said.append,
+            named, inner, out, dtype=dtype, weights=weights, combination=combination, shard_bytes=shard_bytes,
+            expected_base=expected, prove=proof, check=check_written if prove else None, report=said.append,
         )  # fmt: skip
     else:
         said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
     told = json.loads((out / "proof.json").read_text()) if (out / "proof.json").is_file() else None
     return Exported(out, to, opens, f"{told['verdict']}: {told['says']}" if told else None, tuple(said))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The base to merge into; ``live`` is the quantised base that the adapter saw, ``other`` the one not chosen."""
+
+    folder: Path
+    fingerprint: str | None
+    onto: str = "trained"
+    live: Path | None = None
+    other: Path | None = None
+
+
+def _choose_base(adapter: Path, source: Path, base: Path | None, onto: str | None) -> _Chosen:
+    """Which values to merge into, where the adapter was trained on quantised ones.
+
+    Raises:
+        RequestError: ``onto`` is unknown, or what it asks for is not there.
+    """
+    if onto not in (None, *ONTO):
+        raise RequestError(f"there is no {onto!r} to merge onto.", code="onto", where="--onto", remedy=f"Take one of {', '.join(ONTO)}.")  # fmt: skip
+    if onto is None or (base is not None and _is_quantised(base)):
+        named, expected = (base, None) if base is not None else base_of(adapter, source)
+        if onto == "original":
+            raise _no_original(named)
+        return _Chosen(named, expected, live=named if _is_quantised(named) else None)
+    seen, expected = base_of(adapter, source)
+    if not _is_quantised(seen):
+        raise RequestError(
+            f"the base this adapter names, {seen}, is not quantised, so there are no two values to choose from.",
+            code="onto", where="--onto", remedy="Leave --onto out; --base gives the folder to merge into.",
+        )  # fmt: skip
+    if onto == "trained":
+        return _Chosen(seen, expected, live=seen, other=base)
+    if base is None:
+        raise _no_original(seen)
+    return _Chosen(base, None, "original", live=seen, other=seen)
+
+
+def _is_quantised(folder: Path) -> bool:
+    return bool((folder / "config.json").is_file() and folders.read_config(folder).get("quantization_config"))
+
+
+def _no_original(quantised: Path) -> RequestError:
+    return RequestError(
+        f"the original weights are asked for, and {quantised} holds quantised ones.",
+        code="onto",
+        where="--onto",
+        remedy="Give the folder of the 16-bit weights with --base.",
+    )
 
 
 def weights_folder(path: Path) -> Path:
@@ -171,9 +240,12 @@ def _copy(
     stem = "adapter_model" if adapter else "model"
     config = None if adapter else folders.read_config(folder)
     word = folders.word_of(dtype)
+    if word is None and config is not None and config.get("quantization_config"):
+        word = folders.word_in(config)
     home = folder if (folder / manifests.NAME).is_file() else folder.parent
     told = manifests.read(home) if (home / manifests.NAME).is_file() else None
-    with open_source(folder, stem) as source:
+    with open_source(folder, stem) as files:
+        source = files if config is None else dequantised(files, config)
         outputs = [_as_is(source, name, word) for name in source.specs]
         small = folders.companions([folder])
         if config is None:
@@ -187,7 +259,8 @@ def _copy(
             written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, journal=journal)  # fmt: skip
             if prove:
                 said.append(check_written(partial, written.manifest))
-            late = {"proof.json": prove_copy(folder, word)(partial)} if prove else {}
+            proof = prove_copy(folder, word) if source is files else prove_dequantised(folder)
+            late = {"proof.json": proof(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
     return said
 

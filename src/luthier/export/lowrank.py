@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from luthier.export.combine import Mixer
+
 BLOCK = 1 << 18  # elements at a time: 1 MiB of fp32, so that the passes over a block find it in the cache
 
 
@@ -48,6 +50,7 @@ class Change:
         magnitude: DoRA's learnt lengths, of every row, or of every column where ``by_column``.
         rows: rows that are replaced: indices and their values.
         first: this tensor's first row within the tensor that the adapter speaks of.
+        mixer: combines the products otherwise than by their sum.
     """
 
     width: int
@@ -56,12 +59,15 @@ class Change:
     by_column: bool = False
     rows: list[Callable[[], tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=list)
     first: int = 0
+    mixer: Mixer | None = None
     _norms: torch.Tensor | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prepare(self, read: Reader, height: int) -> Prepared:
         """Load what the change consists of; DoRA by column first reads the whole tensor once for its norms."""
         low = [load() for load in self.low]
+        if self.mixer is not None:
+            self.mixer.prepare(low, self.width)
         scale = self.magnitude().float().reshape(-1) if self.magnitude else None
         if scale is not None and self.by_column:
             with self._lock:
@@ -72,7 +78,7 @@ class Change:
         for load_rows in self.rows:
             indices, values = load_rows()
             rows |= {int(index): value.float() for index, value in zip(indices, values, strict=True)}
-        return Prepared(low, scale, self.by_column, rows, self.first)
+        return Prepared(low, scale, self.by_column, rows, self.first, self.mixer)
 
     def _column_norms(self, low: list[LowRank], read: Reader, height: int) -> torch.Tensor:
         squares = torch.zeros(self.width, dtype=torch.float64)
@@ -94,11 +100,15 @@ class Prepared:
     by_column: bool
     rows: dict[int, torch.Tensor]
     first: int
+    mixer: Mixer | None = None
 
     def apply(self, block: torch.Tensor, first: int) -> None:
         """Change fp32 rows ``[first, first + len(block))`` of the tensor in place."""
-        for product in self.low:
-            product.add(block, first + self.first)
+        if self.mixer is not None:
+            self.mixer.add(self.low, block, first + self.first)
+        else:
+            for product in self.low:
+                product.add(block, first + self.first)
         if self.scale is not None and self.by_column:
             block.mul_(self.scale)
         elif self.scale is not None:

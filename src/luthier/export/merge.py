@@ -7,6 +7,7 @@ never takes its place; its manifest names the base and the adapters it was made 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError
 from luthier.export import exported_folder as folders
 from luthier.export.adapter import Adapter, open_adapters
+from luthier.export.combine import Combination
+from luthier.export.dequantise import dequantised
 from luthier.export.merge_plan import plan_merge
 from luthier.export.read_back import check_written
 from luthier.export.source import open_source
@@ -29,6 +32,7 @@ def merge_folders(
     *,
     dtype: str | None = None,
     weights: Sequence[float] | None = None,
+    combination: Combination | None = None,
     shard_bytes: int = DEFAULT_SHARD,
     expected_base: str | None = None,
     name: str | None = None,
@@ -41,10 +45,11 @@ def merge_folders(
     """Merge one adapter, or a weighted sum of several, into its base and publish the folder ``out``.
 
     Args:
-        base: a transformers folder.
+        base: a transformers folder; one that bitsandbytes quantised is read as the values its codes stand for.
         adapter: a PEFT folder, or several.
-        dtype: bf16, fp16 or fp32; the base's own if None.
+        dtype: bf16, fp16 or fp32; the base's own if None, of a quantised one what its config says.
         weights: one factor an adapter; 1 each if None.
+        combination: how several adapters become one change; their weighted sum if None.
         expected_base: the fingerprint that the base must have; any if None.
         name: what the parents call the base, where that isn't its path (a hub id).
         tokenizer: the tokenizer's files, where neither the adapter's nor the base's is wanted.
@@ -61,20 +66,22 @@ def merge_folders(
     several = [adapter] if isinstance(adapter, Path) else list(adapter)
     folders.check_target(out, [base, *several])
     config = folders.read_config(base)
-    with open_source(base) as source, open_adapters(several, list(weights or [1.0] * len(several))) as adapters:
+    with open_source(base) as files, open_adapters(several, list(weights or [1.0] * len(several))) as adapters:
+        source = dequantised(files, config)
+        word = folders.word_of(dtype) or (None if source is files else folders.word_in(config))
         before = folders.parents_of(base)
         _refuse_twice(before, adapters, base)
-        plan = plan_merge(source, adapters, folders.word_of(dtype))
+        plan = plan_merge(source, adapters, word, combination)
         config = folders.changed_config(config, plan.outputs, untied=plan.untied, vocabulary=plan.vocabulary)
         small = folders.companions([base, *several]) if tokenizer is None else folders.companions([base]) | dict(tokenizer)  # fmt: skip
         small["config.json"] = folders.as_json(config)
-        options = ["merged", dtype, weights, shard_bytes]
+        options = ["merged", dtype, weights, asdict(combination) if combination else None, shard_bytes]
         with unfinished(out, [base, *several], options, report) as (partial, journal):
             written = write_stream(
                 partial, plan.outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
-                shard_bytes=shard_bytes, witness=source, journal=journal,
+                shard_bytes=shard_bytes, witness=files, journal=journal,
             )  # fmt: skip
-            fingerprint = folders.fingerprint_of_base(base, source, written.source_digests)
+            fingerprint = folders.fingerprint_of_base(base, files, written.source_digests)
             if expected_base and fingerprint and fingerprint != expected_base:
                 raise ArtifactError(
                     f"the base at {base} is not the one this adapter was trained on: its weights differ.",
@@ -84,6 +91,8 @@ def merge_folders(
                 )
             parent: dict[str, Any] = {"kind": "merged" if before else "base", "name": name or str(base.resolve())}
             parent |= {"fingerprint": fingerprint} | ({"parents": before} if before else {})
+            if combination is not None:
+                facts = {"combined": asdict(combination), **(facts or {})}
             told = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None, **(facts or {})}
             if check is not None:
                 report(check(partial, written.manifest))

@@ -8,19 +8,24 @@ every adapter is used, or it is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.adapter import Adapter
+from luthier.export.combine import Combination, Mixer
 from luthier.export.lowrank import Change, LowRank
 from luthier.export.naming import Naming, Stretch, read_naming
 from luthier.export.source import Source
 from luthier.export.stream import Output
+
+if TYPE_CHECKING:
+    from luthier.export.peft_layers import PeftLayers
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -41,6 +46,7 @@ class _Touched:
     whole: tuple[Adapter, str] | None = None
     own_copy: bool = False  # the whole is the adapter's alone, so what was tied to the base's stays as it was
     change: Change | None = None
+    layers: PeftLayers | None = None  # peft computes it
     rows: int | None = None
     tokens_only: bool = True
 
@@ -50,6 +56,7 @@ class _Planner:
     base: Source
     folder: Path
     adapters: Sequence[Adapter]
+    combination: Combination | None = None
     touched: dict[str, _Touched] = field(default_factory=dict)
     _naming: Naming | None = None
 
@@ -102,6 +109,17 @@ class _Planner:
     def touch(self, name: str) -> _Touched:
         return self.touched.setdefault(name, _Touched())
 
+    def add(self, name: str, width: int, adapter: Adapter, load: Callable[[], LowRank]) -> Change:
+        """Have a thin product of an adapter added to a tensor."""
+        change = self.change(name, width)
+        change.low.append(load)
+        self.touch(name).tokens_only = False
+        if self.combination is not None:
+            change.mixer = change.mixer or Mixer(self.combination, name)
+            change.mixer.owners.append(next(i for i, each in enumerate(self.adapters) if each is adapter))
+            change.mixer.weights.append(adapter.weight)
+        return change
+
     def change(self, name: str, width: int) -> Change:
         touched = self.touch(name)
         if touched.change is None:
@@ -109,17 +127,20 @@ class _Planner:
         return touched.change
 
 
-def plan_merge(base: Source, adapters: Sequence[Adapter], dtype: str | None) -> MergePlan:
+def plan_merge(
+    base: Source, adapters: Sequence[Adapter], dtype: str | None, combination: Combination | None = None
+) -> MergePlan:
     """Plan the merged folder's tensors.
 
     Args:
         dtype: safetensors' word for what floating tensors are cast to; each keeps its own if None.
+        combination: how several adapters' changes become one; their weighted sum if None.
 
     Raises:
         ArtifactError: an adapter does not fit the base, or lacks tensors.
         RequestError: a combination that cannot be merged.
     """
-    planner = _Planner(base, base.folder, adapters)
+    planner = _Planner(base, base.folder, adapters, combination)
     if any(adapter.config.get("target_parameters") for adapter in adapters):
         _ = planner.naming
     for adapter in adapters:
@@ -127,7 +148,11 @@ def plan_merge(base: Source, adapters: Sequence[Adapter], dtype: str | None) -> 
         for whole, stored in adapter.wholes.items():
             _must_be_alone(alone, adapter, f"{whole} is replaced as a whole")
             _plan_whole(planner, adapter, whole, stored)
-        for module, parts in adapter.parts.items():
+        if adapter.others:
+            _plan_layers(planner, adapter, alone)
+        for module, parts in list(adapter.parts.items()):
+            if not parts:
+                continue
             _plan_module(planner, adapter, module, set(parts), alone)
         _check_targets(base, adapter)
     return _outputs(planner, dtype)
@@ -199,7 +224,7 @@ def _plan_module(planner: _Planner, adapter: Adapter, module: str, parts: set[st
     tall, wide = (_count(a[1:]), b[0]) if turned or swapped else (b[0], _count(a[1:]))
     if wide != width or tall * groups != _count(shape) // width or a[0] != b[1]:
         raise _shape(adapter, name, (*((groups,) if groups > 1 else ()), tall, wide), shape)
-    scale = adapter.scaling(key, ranks, module)
+    scale = adapter.scaling(key, ranks, module) * (adapter.weight if planner.combination is None else 1.0)
 
     def load() -> LowRank:
         down = adapter.source.tensor(adapter.parts[module][first]).float().reshape(groups, ranks, -1)
@@ -210,9 +235,7 @@ def _plan_module(planner: _Planner, adapter: Adapter, module: str, parts: set[st
             left, right = up * scale, down
         return LowRank(left.reshape(-1, ranks).contiguous(), right.contiguous())
 
-    change = planner.change(name, width)
-    change.low.append(load)
-    planner.touch(name).tokens_only = False
+    change = planner.add(name, width, adapter, load)
     if dora:
         change.magnitude = lambda: adapter.source.tensor(adapter.parts[module]["lora_magnitude_vector"])
         change.by_column = turned
@@ -261,8 +284,7 @@ def _plan_bias(planner: _Planner, adapter: Adapter, module: str, scale: float) -
         bias = adapter.source.tensor(adapter.parts[module]["lora_B.bias"]).float()
         return LowRank(torch.full((1, 1), scale), bias.reshape(1, 1, -1))
 
-    planner.change(name, _count(planner.shape(name))).low.append(load)
-    planner.touch(name).tokens_only = False
+    planner.add(name, _count(planner.shape(name)), adapter, load)
 
 
 def _plan_tokens(planner: _Planner, adapter: Adapter, module: str) -> None:
@@ -285,6 +307,24 @@ def _plan_tokens(planner: _Planner, adapter: Adapter, module: str) -> None:
     planner.change(name, width).rows.append(
         lambda: (indices, adapter.source.tensor(adapter.parts[module]["trainable_tokens_delta"]))
     )
+
+
+def _plan_layers(planner: _Planner, adapter: Adapter, alone: bool) -> None:
+    """Layers of a method that peft merges, each computed when it is written."""
+    from luthier.export.peft_layers import PeftLayers, iterate
+
+    _must_be_alone(alone, adapter, f"layers are changed in {adapter.method}'s way")
+
+    def read(name: str) -> torch.Tensor:
+        return torch.cat([planner.base.tensor(each.file).float().reshape(-1) for each in planner.stretches(name)])
+
+    layers = PeftLayers(planner.folder, adapter, read)
+    for whole, stored in layers.wholes.items():
+        _plan_whole(planner, adapter, whole, stored)
+    for _, name in iterate(layers):
+        touched = planner.touch(name)
+        touched.layers, touched.tokens_only = layers, False
+    adapter.parts |= {module: {} for module in layers.layers if module not in adapter.parts}
 
 
 def _check_targets(base: Source, adapter: Adapter) -> None:
@@ -345,7 +385,11 @@ def _parting(planner: _Planner, tied: dict[str, str]) -> set[str]:
         if one is None and other is None:
             continue
         together = any(adapter.config.get("ensure_weight_tying") for adapter in planner.adapters)
-        shared = other is not None and not other.own_copy and (other.tokens_only or other.change is None)
+        shared = (
+            other is not None
+            and not other.own_copy
+            and (other.tokens_only or (other.change is None and other.layers is None))
+        )
         if one is None and (shared or together):
             continue
         if one is not None and other is not None and (together or (one.tokens_only and other.tokens_only)):
@@ -362,6 +406,8 @@ def _output(
     change = what.change
     if change is not None and stretch.start:
         change = replace(change, first=stretch.start // change.width, _norms=None)
+    if what.layers is not None:
+        return Output(spec, what.layers, what.layers.output(name, stretch.start, original))
     if what.whole is not None:
         adapter, stored = what.whole
         if _count(shape) != stretch.count and what.rows is None:

@@ -81,17 +81,22 @@ def _ask(folder: Path) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def empty_model(folder: Path) -> Any:
+    """A transformers folder's model without storage."""
     import torch
     import transformers
-
-    from luthier.checkpoint.layout import model_layout
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     with torch.device("meta"):
-        model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    from luthier.checkpoint.layout import model_layout
+
+    model = empty_model(folder)
     state = model.state_dict(keep_vars=True)
     layout = model_layout(model)
     stored: dict[str, list[tuple[str, int, int]] | None] = {}

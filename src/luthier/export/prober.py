@@ -70,9 +70,7 @@ def logits_of(folder, request, layered):
             if is_adapter:
                 with model.disable_adapter():
                     tensors[f"plain{number}"] = model(input_ids=batch, use_cache=False).logits[0].float().cpu()
-        if (
-            is_adapter and request.get("rounding") and not layered
-        ):  # layered, the weights are not where they could be changed
+        if request.get("rounding") and not layered:  # layered, the weights are not where they could be changed
             disturb(model, request["rounding"])
             for number, ids in enumerate(request["ids"]):
                 batch = torch.tensor([ids], device=request["device"])
@@ -81,12 +79,13 @@ def logits_of(folder, request, layered):
 
 
 def disturb(model, share):
-    """Change every weight that an adapter is put on at random, by up to ``share`` of it: what rounding a sum does."""
+    """Change weights at random by up to ``share``, as rounding does: those an adapter is put on, without one all matrices."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
+    adapted = any("base_layer" in name for name, _ in model.named_parameters())
     for name, weight in model.named_parameters():
-        if "base_layer" in name:
+        if "base_layer" in name if adapted else weight.dim() > 1:
             noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).mul_(share).add_(1)
             weight.mul_(noise.to(weight))
 

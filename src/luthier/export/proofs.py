@@ -9,6 +9,7 @@ times what that moves. Both models answer in fp32, so nothing else stands betwee
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,17 @@ import torch
 
 from luthier.artifacts.tensorfile import read_header
 from luthier.errors import ArtifactError
-from luthier.export.prove import TEXTS, Probe, Proof, compare, plain_answers, within
+from luthier.export.prove import (
+    MARGIN,
+    TEXTS,
+    Answers,
+    Probe,
+    Proof,
+    compare,
+    largest_difference,
+    plain_answers,
+    within,
+)
 from luthier.models.room import free_bytes, parameters_in
 
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
@@ -33,6 +44,97 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
         found = plain_answers(folder, probe, tokenizer=False)
         expected = plain_answers(adapter, probe, base=str(base), rounding=ROUNDING[dtype], tokenizer=False)
         return _checked(within(expected, found, dtype=dtype, device="cpu"), folder)
+
+    return prove
+
+
+def prove_quantised_merge(live: Path, adapter: Path, onto: str, other: Path | None) -> Callable[[Path], bytes]:
+    """A proof of a merge where the adapter was trained on a quantised base.
+
+    Args:
+        live: the quantised base, which with the adapter on it is what was trained.
+        onto: ``trained`` or ``original``, the values merged into.
+        other: the base of the values not merged into, which is then merged for a moment to be measured beside.
+    """
+
+    def prove(folder: Path) -> bytes:
+        if not _fits(folder):
+            return _not_opened()
+        from luthier.export.merge import merge_folders
+
+        dtype = _main_dtype(folder)
+        probe = _probe(folder, "float32")
+        expected = plain_answers(adapter, probe, base=str(live), tokenizer=False)
+        found = plain_answers(folder, probe, rounding=ROUNDING[dtype], tokenizer=False)
+        beside = None
+        if other is not None:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".luthier-beside-") as scratch:
+                words = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+                merged = merge_folders(other, adapter, Path(scratch) / "other", dtype=words.get(dtype))
+                beside = largest_difference(expected.logits, plain_answers(merged, probe, tokenizer=False).logits)
+        return _checked(onto_quantised(expected, found, onto, beside, dtype=dtype), folder)
+
+    return prove
+
+
+def onto_quantised(expected: Answers, found: Answers, onto: str, beside: float | None, *, dtype: str) -> Proof:
+    """Compare a merged model with the live one on its quantised base, and say which values are nearer to it.
+
+    Rounding the merged weights has a measured bound (see `within`). What the quantised layers' own kernels round on the way has
+    none, so a difference above the first is not taken for a failure unless it is as large as all that the adapter does.
+    """
+    rounded = largest_difference(found.logits, found.rounded)
+    bound = 4 * rounded + 1e-5 * max(float(tensor.abs().max()) for tensor in expected.logits)
+    difference = largest_difference(expected.logits, found.logits)
+    effect = largest_difference(expected.logits, expected.plain)
+    compared = (
+        f"logits of {len(expected.logits)} prompts with the adapter on its quantised base in peft, both in fp32; cpu"
+    )
+    names = {"trained": "the values that the adapter saw", "original": "the original weights"}
+    says = f"merged onto {names[onto]}: {difference:.3g} from the live model"
+    if beside is not None:
+        rest = next(key for key in names if key != onto)
+        nearer = names[onto] if difference <= beside else names[rest]
+        says += f"; merged onto {names[rest]} it would be {beside:.3g}, so {nearer} are nearer"
+    says += f"; the adapter moves these logits by up to {effect:.3g}, rounding to {dtype} by up to {bound:.3g}"
+    if onto == "trained" and not difference <= max(bound, effect):
+        return Proof("failed", False, difference, bound, effect, compared, f"{says}.", (f"{says}.",))
+    if difference <= bound and effect >= MARGIN * bound:
+        return Proof("passed", True, difference, bound, effect, compared, f"{says}.")
+    why = (
+        "what quantising lost is between them"
+        if onto == "original"
+        else "what quantised layers round on the way is not known"
+    )
+    return Proof("inconclusive", False, difference, bound, effect, compared, f"{says}; {why}.")
+
+
+def prove_dequantised(source: Path) -> Callable[[Path], bytes]:
+    """A measurement of a dequantised copy against its quantised source, both opened in fp32.
+
+    Quantised layers compute with the very values that were written, but their kernels round on the way, and how much that moves
+    logits has no bound.
+    """
+
+    def prove(folder: Path) -> bytes:
+        if not _fits(folder):
+            return _not_opened()
+        dtype = _main_dtype(folder)
+        probe = _probe(source, "float32")
+        expected = plain_answers(source, probe, tokenizer=False)
+        found = plain_answers(folder, probe, rounding=ROUNDING[dtype], tokenizer=False)
+        difference = largest_difference(expected.logits, found.logits)
+        bound = 4 * largest_difference(found.logits, found.rounded) + 1e-5 * max(
+            float(x.abs().max()) for x in expected.logits
+        )
+        compared = f"logits of {len(expected.logits)} prompts with the quantised folder, both in fp32; cpu"
+        told = f"{difference:.3g} from the quantised model (rounding to {dtype} explains up to {bound:.3g})"
+        if difference <= bound:
+            return Proof(
+                "passed", True, difference, bound, None, compared, f"opened by plain libraries, {told}."
+            ).to_bytes()
+        says = f"{told}; what quantised layers round on the way is not known."
+        return Proof("inconclusive", False, difference, bound, None, compared, says).to_bytes()
 
     return prove
 

@@ -91,6 +91,7 @@ def open_bare(weights: Weights, base: Path | None, dtype: str | None) -> Iterato
     """
     base = base_folder(weights, base)
     config = folders.read_config(base)
+    config.pop("quantization_config", None)  # the base's codes are not what was trained
     word = folders.word_of(dtype) or _dtype_of(config)
     source, renamed, left = _open(weights)
     try:

@@ -28,6 +28,8 @@ from luthier.models.quiet import no_deprecations
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 CONFIG = "adapter_config.json"
+_NEEDS_WEIGHTS = ("SHADOW",)  # copies layers of the base when it is put on, so it cannot be put on empty
+_FROZEN_PROMPTS = {"CARTRIDGE": "frozen_", "CPT": "embedding."}  # what these keep as it was while the rest trains
 
 
 def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "default") -> tuple[PeftModel, Any]:
@@ -51,17 +53,27 @@ def open_adapter(base: Base, folder: Path, *, trainable: bool, name: str = "defa
         config = _config(plain)
         places = read_header(plain / WEIGHTS)[0]
         _check_whole_modules(config, places, folder)
-        if not isinstance(base.model, PeftModel):
+        alone = not isinstance(base.model, PeftModel)
+        if alone:
             _fit(base, plain / WEIGHTS, config, tokenizer)
         model = _attach(base, plain, folder, config, trainable=trainable, name=name)
         _check_coverage(model, plain / WEIGHTS, folder, name)
-    if trainable and config.is_prompt_learning:  # peft itself opens these for use only
-        config.inference_mode = False
-        model.prompt_encoder[name].requires_grad_(True)
+    _set_training(model, config, name, trainable=trainable, alone=alone)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trainable and count == 0:
         raise ArtifactError("no parameter of this adapter would train.", code="nothing-trains", where=str(folder))
     return model.train(trainable), tokenizer
+
+
+def _set_training(model: PeftModel, config: PeftConfig, name: str, *, trainable: bool, alone: bool) -> None:
+    """What peft leaves as it pleases: it opens prompts for use only, and yet with gradients, and some layers too."""
+    if config.is_prompt_learning:
+        config.inference_mode = not trainable
+        frozen = _FROZEN_PROMPTS.get(str(getattr(config.peft_type, "value", config.peft_type)), "\0")
+        for key, parameter in model.prompt_encoder[name].named_parameters():
+            parameter.requires_grad_(trainable and not key.startswith(frozen))
+    if alone and not trainable:
+        model.requires_grad_(False)
 
 
 def _config(folder: Path) -> PeftConfig:
@@ -131,13 +143,14 @@ def _check_whole_modules(config: PeftConfig, places: Mapping[str, Place], folder
 
 def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, trainable: bool, name: str) -> PeftModel:
     trains = trainable and not config.is_prompt_learning
+    empty_first = config.peft_type not in _NEEDS_WEIGHTS
     try:
         with no_deprecations():
             if isinstance(base.model, PeftModel):
-                base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=True)
+                base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=empty_first)
                 return base.model
             return PeftModel.from_pretrained(
-                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=True
+                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=empty_first
             )
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ArtifactError(
