@@ -250,3 +250,10 @@ def test_state_dict_becomes_a_folder(name, model, base, tmp_path):
 def test_base_of_another_size_is_refused_and_nothing_is_left(saved, tmp_path):
     small = tiny.make_llama(tmp_path / "small", layers=1, tie=False, vocab=321)
     refused(saved["flat"], small, tmp_path / "out", "model.layers.")
+
+
+def test_metas_own_names_and_adapters_are_refused_by_name(base, tmp_path):
+    for name, said in (("layers.0.attention.wq.weight", "Meta's own names"), ("base_model.model.model.layers.0.q_proj.lora_A.default.weight", "adapter")):  # fmt: skip
+        torch.save({name: torch.ones(2, 2)}, tmp_path / "consolidated.00.pth")
+        with pytest.raises(luthier.RequestError, match=said):
+            luthier.export(tmp_path / "consolidated.00.pth", tmp_path / "out", to="transformers", base=base)

@@ -54,7 +54,7 @@ def stream_bare(
 
     Raises: as `export_bare`.
     """
-    folders.check_target(out, [weights.home, base_folder(weights, base)])
+    folders.check_target(out, [weights.home if weights.path.is_dir() else weights.path, base_folder(weights, base)])
     said: list[str] = []
     with open_bare(weights, base, dtype) as plan:
         options = ["transformers", dtype, shard_bytes]

@@ -6,6 +6,7 @@ weights. Neither the environment that trained nor its libraries are needed: name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from luthier.models.coverage import grouped
 KINDS = ("distcp", "state_dict")
 PARAMS = "train_params.yaml"  # llama-cookbook's, beside what it saves
 _CONFIG_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_METAS = re.compile(r"layers\.\d+\.(attention\.wq|feed_forward\.w1)\.weight$")
 _STEP = 2**24  # elements compared at a time
 
 
@@ -89,11 +91,13 @@ def open_bare(weights: Weights, base: Path | None, dtype: str | None) -> Iterato
     """
     base = base_folder(weights, base)
     config = folders.read_config(base)
+    config.pop("quantization_config", None)  # the base's codes are not what was trained
     word = folders.word_of(dtype) or _dtype_of(config)
     source, renamed, left = _open(weights)
     try:
         plain = names.renamed(renamed, adapter=False, where=str(weights.path))
         _refuse_adapters(plain, weights)
+        _refuse_metas(plain, weights)
         items = {plain[given]: own for given, own in renamed.items()}
         notes = [f"{len(left)} entries left out, as no part of the model: {grouped(left)}"] if left else []
         untied = _drop_tied(items, source, config, notes)
@@ -159,6 +163,12 @@ def _refuse_adapters(plain: dict[str, str], weights: Weights) -> None:
     own = next((name for name in plain.values() if names.is_adapters(name)), None)
     if own is not None:
         raise RequestError(f"these are an adapter's weights, or a model's with an adapter in it ({own}), not a whole model's.", code="adapter-in-weights", where=str(weights.path), remedy="Merge the adapter where it was trained, or save it with save_pretrained.")  # fmt: skip
+
+
+def _refuse_metas(plain: dict[str, str], weights: Weights) -> None:
+    own = next((name for name in plain.values() if _METAS.search(name)), None)
+    if own is not None:
+        raise RequestError(f"these tensors have Meta's own names ({own}), whose rows lie in another order than transformers'.", code="meta-names", where=str(weights.path), remedy="Convert them first with transformers' convert_llama_weights_to_hf, or get the model in transformers form.")  # fmt: skip
 
 
 def _dtype_of(config: dict[str, Any]) -> str | None:
