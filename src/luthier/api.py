@@ -22,6 +22,7 @@ from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, mak
 from luthier.loading import load
 from luthier.models import stack
 from luthier.models.describe import Description, describe
+from luthier.models.quantised import layer as quantised
 from luthier.models.several import activated, combine_adapters
 from luthier.training import run as runs
 from luthier.training.base_folder import write_folder
@@ -105,7 +106,7 @@ def _saved(model: nn.Module, folder: Path, tokenizer: Any, live: str) -> Written
     write_folder(folder, model, tokenizer, kind=live, facts={"parents": [], **pair})
     ids = tokenizer(PROBE_TEXT)["input_ids"]
     probe = make_probe(model, [ids], deterministic=False, trust_remote_code=False)
-    with stack.plain_form(model):
+    with stack.plain_form(model), quantised.plain_form(model):
         expected = live_answers(model, tokenizer, probe)
     proof = compare(expected, plain_answers(folder, probe), device=probe.device)
     (folder / "proof.json").write_bytes(proof.to_bytes())

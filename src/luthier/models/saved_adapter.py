@@ -21,6 +21,7 @@ from luthier.models.adapter_names import check_name
 from luthier.models.coverage import grouped
 from luthier.models.open import Base
 from luthier.models.pickles import read_pickle
+from luthier.models.quantised.adapter import register
 from luthier.models.quiet import no_deprecations
 
 WEIGHTS = "adapter_model.safetensors"
@@ -128,13 +129,14 @@ def _check_whole_modules(config: PeftConfig, places: Mapping[str, Place], folder
 
 def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, trainable: bool, name: str) -> PeftModel:
     trains = trainable and not config.is_prompt_learning
+    register(config, base.model)
     try:
         with no_deprecations():
             if isinstance(base.model, PeftModel):
                 base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=True)
                 return base.model
             return PeftModel.from_pretrained(
-                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=True
+                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=True, config=config
             )
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ArtifactError(
