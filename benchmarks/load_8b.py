@@ -155,7 +155,9 @@ def main() -> None:
     begun = time.perf_counter()
     folder = make(args.work, layers, hidden, vocabulary)
     print(f"{folder}: made in {time.perf_counter() - begun:.0f} s", flush=True)
-    print("| precision | load s | reading the bytes s | ratio | GB/s | device GiB | arithmetic GiB | off by | host peak GiB |")
+    print(
+        "| precision | load s | reading the bytes s | ratio | GB/s | device GiB | arithmetic GiB | off by | host peak GiB |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for precision in args.precision:
         if args.cold:
@@ -170,7 +172,10 @@ def main() -> None:
             f"{held:.3f} | {wanted['all']:.3f} (scales {wanted['scales']:.3f}) | {100 * (held / wanted['all'] - 1):+.2f} % | {found['host_peak_gib']:.2f} |",
             flush=True,
         )
-        print(json.dumps({"precision": precision, **found, "bytes": size, "reading": reading, "arithmetic": wanted}), file=sys.stderr)
+        print(
+            json.dumps({"precision": precision, **found, "bytes": size, "reading": reading, "arithmetic": wanted}),
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

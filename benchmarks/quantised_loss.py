@@ -194,7 +194,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="samples an optimiser step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--held-out", type=int, default=200)
-    parser.add_argument("--generate", type=int, default=40, help="held-out samples to score at each evaluation; 0 for none")
+    parser.add_argument(
+        "--generate", type=int, default=40, help="held-out samples to score at each evaluation; 0 for none"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of the timed pass")
     parser.add_argument("--products-only", action="store_true")
     parser.add_argument("--no-products", action="store_true")

@@ -16,7 +16,7 @@ def resolve_precision(model: ModelConfig, device: str | torch.device) -> Precisi
     """The precision asked for, or the default of the device: bf16 on a GPU that computes in it, else fp16; fp32 on a CPU."""
     if model.precision is not None:
         return model.precision
-    return "fp32" if torch.device(device).type == "cpu" else sixteen_bits(device)
+    return unquantised_precision(device)
 
 
 def form_of(model: ModelConfig) -> Form | None:
@@ -25,20 +25,22 @@ def form_of(model: ModelConfig) -> Form | None:
 
 
 def dtype_of(model: ModelConfig, device: str | torch.device) -> torch.dtype:
-    """What a base's layers compute in; of a quantised base, those that stay in 16 bits are held in it."""
-    return DTYPES[sixteen_bits(device) if form_of(model) else resolve_precision(model, device)]
+    """What a base's layers compute in; of a quantised base, those that are not quantised are held in it."""
+    return DTYPES[unquantised_precision(device) if form_of(model) else resolve_precision(model, device)]
 
 
 def unquantised(model: ModelConfig, device: str | torch.device) -> ModelConfig:
-    """The same base in 16 bits, which is what is written, merged and compared."""
+    """The same base without quantisation, which is what is written, merged and compared."""
     if form_of(model) is None:
         return model
-    return model.model_copy(update={"precision": sixteen_bits(device), "keep_16bit": []})
+    return model.model_copy(update={"precision": unquantised_precision(device), "keep_16bit": []})
 
 
-def sixteen_bits(device: str | torch.device) -> Precision:
-    """bf16, or fp16 on a GPU that does not compute in it."""
+def unquantised_precision(device: str | torch.device) -> Precision:
+    """bf16 on a GPU that computes in it, else fp16; fp32 on a CPU, most of which multiply bf16 far slower."""
     kind = torch.device(device).type
+    if kind == "cpu":
+        return "fp32"
     if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"
     return "bf16"

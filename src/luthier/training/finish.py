@@ -107,7 +107,10 @@ def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
 
     def card(folder: Path, kind: str) -> str:
         return model_card(
-            run, kind="adapter" if kind == "adapter" else "model", open_with=how_to_open(kind), final=folder
+            run,
+            kind="adapter" if kind == "adapter" else "model",
+            open_with=how_to_open(kind, trained.probe),
+            final=folder,
         )
 
     try:
@@ -175,14 +178,39 @@ def best_checkpoint(run: Path) -> Found | None:
     return min(kept, key=lambda found: losses[found.step], default=None)
 
 
-def how_to_open(kind: str) -> str:
-    """Python that opens a final folder with plain libraries; ``FOLDER`` stands for its place."""
+def how_to_open(kind: str, probe: Probe | None = None) -> str:
+    """Python that opens a final folder with plain libraries; ``FOLDER`` stands for its place.
+
+    Args:
+        probe: how it was asked; says whether, and how, the base is quantised.
+    """
+    if probe is not None and probe.quantisation is not None:
+        return _on_quantised(probe.quantisation, probe.dtype)
     name = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
     library = "peft" if kind == "adapter" else "transformers"
     return f"""from {library} import {name}
 from transformers import AutoTokenizer
 
 model = {name}.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+
+
+def _on_quantised(quantisation: dict[str, Any], dtype: str) -> str:
+    skip = f"llm_int8_skip_modules={quantisation['skip']!r}"
+    forms = {
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}", {skip}',
+        "int8": f"load_in_8bit=True, {skip}",
+    }
+    form = forms.get(quantisation["precision"])
+    if form is None:
+        return """import luthier  # plain libraries open the base in 16 bits only; trained on fp8, it is then a little off
+
+model, tokenizer = luthier.load("FOLDER")"""
+    return f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+how = BitsAndBytesConfig({form})
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER", quantization_config=how, dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from luthier.errors import RequestError
 from luthier.models.quantised.layer import QuantisedLinear, quantised_layers
 
-_PLAIN_STARTS = (True, False, "gaussian", "eva")
+_PLAIN_STARTS = (True, False, "gaussian")
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from luthier.config.schema import ModelConfig
 from luthier.errors import RequestError
 from luthier.models.quantised.formats import BLOCK, Form, fits
 from luthier.models.targets import check_names, is_head, is_router, name_matches
@@ -22,6 +24,19 @@ class Choice:
     quantised: frozenset[str]
     kept: tuple[str, ...]
     notes: tuple[str, ...]
+
+
+def quantisation_of(model: ModelConfig, choice: Choice) -> dict[str, Any]:
+    """What manifests say of a quantised base, beside the fingerprint of what it was made from.
+
+    `keep_16bit` and `fp8` are what to ask for to get the same again; `kept` is what came of it.
+    """
+    facts: dict[str, Any] = {
+        "precision": model.precision,
+        "keep_16bit": list(model.keep_16bit),
+        "kept": list(choice.kept),
+    }
+    return facts | ({"fp8": model.fp8} if model.precision == "fp8" else {})
 
 
 def choose(model: PreTrainedModel, form: Form, keep: Sequence[str]) -> Choice:
