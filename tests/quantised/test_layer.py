@@ -199,3 +199,26 @@ def test_other_methods_are_refused_by_name(base):
         register(LoHaConfig(target_modules=["q_proj"]), model)
     with pytest.raises(luthier.RequestError, match="no gradient changes"):
         luthier.load(base, precision="nf4", device="cpu", trainable=True)
+
+
+def test_second_adapter_with_other_targets_goes_on_through_the_same_hook(base, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, target in (("one", "q_proj"), ("two", "up_proj")):
+        config = LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapter = get_peft_model(plain, config)
+        adapter.save_pretrained(tmp_path / name)
+        plain = adapter.unload()
+    both = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    model, _ = luthier.load(base, precision="nf4", device="cpu", adapter=both)
+    carried = [type(module) for module in model.modules() if hasattr(module, "lora_A")]
+    assert carried == [QuantisedLora] * 4
+    logits = []
+    with torch.no_grad():
+        for name in both:
+            model.set_adapter(name)
+            logits.append(model(IDS).logits)
+    assert not torch.equal(*logits)
+    assert luthier.describe(model).precision == "nf4"
+    assert luthier.describe(model).parameters == sum(weight.numel() for weight in plain.parameters()) + 4 * 4 * (
+        64 + 96
+    )

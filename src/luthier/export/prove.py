@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.artifacts.names import of_layer
 from luthier.errors import ArtifactError
 from luthier.export import prober
 from luthier.models.quantised.layer import quantised_layers
@@ -107,7 +108,7 @@ def _quantisation(base: nn.Module) -> dict[str, Any] | None:
     if not layers:
         return None
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    skip = sorted(name.replace(".base_layer", "") for name in linear if ".lora_" not in name)
+    skip = sorted({of_layer(name) for name in linear if ".lora_" not in name})
     return {"precision": layers[0].form, "skip": skip}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,3 +64,9 @@ def check_room(parameters: int, precision: Precision, device: str | torch.device
         where="device",
         remedy=remedy,
     )
+
+
+def give_back_free() -> None:
+    """Let the C library give room that it keeps for later back to the system, where it can (glibc)."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

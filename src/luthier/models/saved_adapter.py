@@ -21,7 +21,7 @@ from luthier.models.adapter_names import check_name
 from luthier.models.coverage import grouped
 from luthier.models.open import Base
 from luthier.models.pickles import read_pickle
-from luthier.models.quantised.adapter import register
+from luthier.models.quantised.adapter import is_quantised, register
 from luthier.models.quiet import no_deprecations
 
 WEIGHTS = "adapter_model.safetensors"
@@ -133,6 +133,11 @@ def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, traina
     try:
         with no_deprecations():
             if isinstance(base.model, PeftModel):
+                if is_quantised(base.model):  # peft would read the config again, without what is registered in it
+                    config.inference_mode = not trains
+                    base.model.add_adapter(name, config, low_cpu_mem_usage=True)
+                    if trains:
+                        base.model.set_requires_grad(name)
                 base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=True)
                 return base.model
             return PeftModel.from_pretrained(

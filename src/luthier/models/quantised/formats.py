@@ -22,7 +22,7 @@ Form = Literal["nf4", "int8", "fp8"]
 FORMS: tuple[Form, ...] = get_args(Form)
 BLOCK = 64
 LARGEST_E4M3 = 448.0
-_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Elements quantised at once: what a kernel needs beside its input stays small against one layer."""
 
 
@@ -61,7 +61,7 @@ def quantise(weight: torch.Tensor, form: Form) -> Packed:
         raise ValueError(f"rows of {columns} don't divide into blocks of {BLOCK}")
     codes = torch.empty(rows, code_bytes(columns, form), dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, scale_bytes(columns, form), dtype=torch.uint8, device=weight.device)
-    step = max(1, _AT_ONCE.get(weight.device.type, 1 << 22) // columns)
+    step = max(1, _AT_ONCE.get(weight.device.type, 1 << 20) // columns)
     for first in range(0, rows, step):
         part = _PACK[form](weight[first : first + step].contiguous())
         codes[first : first + step] = part.codes

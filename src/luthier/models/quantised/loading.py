@@ -26,8 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from luthier.models.quantised.choose import Choice, choose
 from luthier.models.quantised.formats import Form, kernels, quantise
 from luthier.models.quantised.layer import QuantisedLinear
+from luthier.models.room import give_back_free
 
 _NAME = "luthier"
+_EACH = 64 << 20
 
 
 class OnTheFly(QuantizationConfigMixin):
@@ -68,8 +70,30 @@ def _replace(model: nn.Module, name: str, weight: torch.Tensor, linear: Any, for
     model.set_submodule(name, layer.train(linear.training))
 
 
+class _Passed:
+    """Gives the system back what passing matrices left free, now and then.
+
+    The allocator keeps freed room for later, and small things that stay come to lie in it, so that the next large matrix does
+    not fit there: a model of 200 M weights took twice its size in int8.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = 0
+
+    def add(self, weight: torch.Tensor) -> None:
+        """A matrix was packed."""
+        self._bytes += weight.nbytes
+        if self._bytes >= (_EACH if weight.device.type == "cpu" else 8 * _EACH):
+            self._bytes = 0
+            give_back_free()
+
+
 class _Quantiser(HfQuantizer):
     quantization_config: OnTheFly
+
+    def __init__(self, quantization_config: OnTheFly, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.passed = _Passed()
 
     @property
     def quantized_element_size(self) -> float:
@@ -89,7 +113,7 @@ class _Quantiser(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What transformers runs a chosen weight through."""
-        return _Pack(self.quantization_config.form)
+        return _Pack(self.quantization_config.form, self.passed)
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Leave no trace of a quantiser: the model is trained, saved and described by what it holds."""
@@ -107,8 +131,8 @@ class _Quantiser(HfQuantizer):
 
 
 class _Pack(ConversionOps):
-    def __init__(self, form: Form) -> None:
-        self.form = form
+    def __init__(self, form: Form, passed: _Passed) -> None:
+        self.form, self.passed = form, passed
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **known: Any
@@ -123,4 +147,5 @@ class _Pack(ConversionOps):
                 return {key: weight}  # transformers names it among those of another shape
             _replace(model, name, weight, linear, self.form)
             missing.discard(key)
+            self.passed.add(weight)
         return {}
