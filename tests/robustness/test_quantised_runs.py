@@ -62,6 +62,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return request.param, setup
 
 
+@pytest.mark.slow
 def test_every_step_is_evaluated_and_saved_and_checkpoints_do_not_hold_the_base(trained):
     form, setup = trained
     kinds = [record["kind"] for record in measured(setup.run)]
@@ -76,6 +77,7 @@ def test_every_step_is_evaluated_and_saved_and_checkpoints_do_not_hold_the_base(
         assert base["quantisation"]["precision"] == form
 
 
+@pytest.mark.slow
 def test_reloaded_in_a_new_process_it_gives_the_same_logits_and_trains_further(trained, tmp_path):
     form, setup = trained
     model, _ = luthier.load(setup.run, device="cpu", trainable=True)
@@ -98,6 +100,7 @@ def test_reloaded_in_a_new_process_it_gives_the_same_logits_and_trains_further(t
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in frozen.items())
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_in_the_same_bits(trained):
     _, setup = trained
     for step in (1, 4):
@@ -108,6 +111,7 @@ def test_resumed_run_ends_in_the_same_bits(trained):
         assert_same_run(copy, setup.run, step=STEPS)
 
 
+@pytest.mark.slow
 def test_another_precision_is_allowed_and_said(trained, tmp_path):
     form, setup = trained
     told: list[str] = []
@@ -119,6 +123,7 @@ def test_another_precision_is_allowed_and_said(trained, tmp_path):
         assert not torch.equal(other(IDS).logits, same(IDS).logits)
 
 
+@pytest.mark.slow
 def test_final_folder_says_how_plain_libraries_open_it(trained):
     form, setup = trained
     card = (setup.run / "final" / "README.md").read_text()
@@ -126,10 +131,12 @@ def test_final_folder_says_how_plain_libraries_open_it(trained):
     assert facts["base"]["quantisation"]["precision"] == form
     proof = json.loads((setup.run / "final" / "proof.json").read_text())
     assert proof["passed"]
+    assert proof["unquantised"] > 0
     assert ("BitsAndBytesConfig" in card) == (form != "fp8")
     assert ("plain_form" in facts) == (form != "nf4")
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_of_a_live_quantised_model_is_proven(trained, tmp_path):
     _, setup = trained
     model, tokenizer = luthier.load(setup.run, device="cpu")
@@ -158,6 +165,7 @@ def test_run_resumed_with_other_layers_in_16_bits_is_refused(tmp_path):
     assert "not quantised as it was" in done.text
 
 
+@pytest.mark.slow
 def test_gguf_is_written_in_16_bits_once_and_quantised_from_there(tmp_path):
     setup = setup_of(tmp_path, "int8")
     gguf = make_gguf(tmp_path / "tiny.gguf")

@@ -80,6 +80,8 @@ class Proof:
     compared: str
     says: str
     differences: tuple[str, ...] = ()
+    unquantised: float | None = None
+    """How far the logits are from those of the same adapter on the base without quantisation; None where that was not asked."""
     format: int = 1
 
     def to_bytes(self) -> bytes:
