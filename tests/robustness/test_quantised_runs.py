@@ -143,6 +143,12 @@ def test_a_saved_adapter_of_a_live_quantised_model_is_proven(trained, tmp_path):
     written = luthier.save(model, tmp_path / "out", tokenizer=tokenizer)
     assert written.kind == "adapter"
     assert written.proof.passed
+    again, _ = luthier.load(tmp_path / "out", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    base, _ = luthier.load(setup.home / "base", device="cpu", precision="int8")
+    with pytest.raises(luthier.RequestError, match="nothing new in it"):
+        luthier.save(base, tmp_path / "model", tokenizer=tokenizer)
 
 
 def test_checkpoints_at_every_epoch_are_those_of_every_step(tmp_path):
