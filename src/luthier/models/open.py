@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,12 @@ from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
 from luthier.models import hub
 from luthier.models.base_files import own_state
-from luthier.models.check_folder import check_config, check_folder, read_json
+from luthier.models.check_folder import check_config, check_folder, read_json, weight_files
 from luthier.models.coverage import check_coverage
 from luthier.models.gguf import gguf_config, open_gguf
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import dtype_of, form_of, resolve_precision
+from luthier.models.quantised.ahead import read_ahead
 from luthier.models.quantised.choose import Choice
 from luthier.models.quantised.layer import quantised_layers
 from luthier.models.quantised.loading import on_the_fly, quantise_model
@@ -116,7 +118,8 @@ def open_base(
     streams = form is not None and found.header is None
     if form is not None and streams:
         options["quantization_config"] = on_the_fly(form, model.keep_16bit)
-    with quiet():
+    ahead = read_ahead(weight_files(folder)) if streams and folder is not None and state is None else nullcontext()
+    with quiet(), ahead:
         if found.header is not None:
             loaded = open_gguf(found.source, found.header, config, dtype, options)
         elif state is not None:
