@@ -23,6 +23,7 @@ from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, mak
 from luthier.loading import load
 from luthier.models import stack
 from luthier.models.describe import Description, describe
+from luthier.models.quantised import layer as quantised
 from luthier.models.several import activated, combine_adapters
 from luthier.training import run as runs
 from luthier.training.base_folder import write_folder
@@ -90,6 +91,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any, kind
         merged = " (merge_and_unload leaves a model)" if kind == "adapter" else " (merge it first for a model)"
         raise RequestError(f"the live model is of kind {live}, not {kind}{merged}.", code="kind", where=os.fspath(path), remedy=f"Save it as kind={live!r}, or leave `kind` out.")  # fmt: skip
     folder = Path(path).expanduser().resolve()
+    if live == "model" and quantised.quantised_layers(model):
+        raise RequestError(
+            "this model holds weights in 4 or 8 bits that are made while a base is read; there is nothing new in it to save.",
+            code="quantised-base",
+            where=os.fspath(path),
+            remedy="Keep the folder it was opened from, and open it with the same precision.",
+        )
     if live == "model" and adapter is not None:
         raise RequestError("the live model has no adapters.", code="no-such-adapter", where="adapter", remedy="Leave `adapter` out.")  # fmt: skip
     if live == "adapter":
@@ -124,16 +132,30 @@ def _refuse_grown(model: Any, folder: Path) -> None:
 
 def _saved(model: nn.Module, folder: Path, tokenizer: Any, live: str) -> Written:
     pair = {"stack": stack.facts_of(model)} if stack.is_stacked(model) else {}  # type: ignore[arg-type]
-    write_folder(folder, model, tokenizer, kind=live, facts={"parents": [], **pair})
     ids = tokenizer(PROBE_TEXT)["input_ids"]
     probe = make_probe(model, [ids], deterministic=False, trust_remote_code=False)
-    with stack.plain_form(model):
+    base: dict[str, Any] = {}
+    if probe.quantisation:
+        named: Any = model.peft_config[model.active_adapters[0]]  # type: ignore[index,union-attr]
+        identity = {"name": named.base_model_name_or_path, "revision": named.revision}
+        base = {"base": {**identity, "quantisation": _quantisation(model, probe)}}
+    write_folder(folder, model, tokenizer, kind=live, facts={"parents": [], **pair, **base})
+    with stack.plain_form(model), quantised.plain_form(model):
         expected = live_answers(model, tokenizer, probe)
     proof = compare(expected, plain_answers(folder, probe), device=probe.device)
     (folder / "proof.json").write_bytes(proof.to_bytes())
     if proof.verdict == "failed":
         raise ArtifactError(f"the proof failed: {proof.says}", code="proof-failed", where=str(folder), remedy="Do not use this folder.")  # fmt: skip
     return Written(folder, live, proof)
+
+
+def _quantisation(model: nn.Module, probe: Probe) -> dict[str, Any]:
+    """What `luthier.load` needs to quantise the base as the live one is."""
+    assert probe.quantisation is not None
+    kept = probe.quantisation["skip"]
+    in_fp8 = any(layer.multiplies == "fp8" for layer in quantised.quantised_layers(model))
+    facts = {"precision": probe.quantisation["precision"], "keep_16bit": kept, "kept": kept}
+    return facts | ({"fp8": "compute" if in_fp8 else "storage"} if facts["precision"] == "fp8" else {})
 
 
 def export(

@@ -22,6 +22,7 @@ from luthier.models import stack
 from luthier.models.adapter_base import adapters_in, base_name, check_base
 from luthier.models.gguf_adapter import as_peft_folder, is_gguf_adapter
 from luthier.models.load_base import Opening, differing_versions, load_base
+from luthier.models.quantised.adapter import is_quantised
 from luthier.models.refused import refused
 from luthier.models.saved_adapter import open_adapter, tokenizer_of
 from luthier.training.locate import locate
@@ -80,7 +81,7 @@ def load(
 
     Args:
         trainable: what was trained trains again; else nothing does, and the model is in evaluation mode.
-        precision: bf16, fp16 or fp32; as trained if left out.
+        precision: bf16, fp16 or fp32; nf4, int8 or fp8 to quantise it while it is read; as trained if left out.
         device: where to; the accelerator, else the CPU, if left out.
         base: the base under an adapter, where it isn't where the adapter says; giving it insists on it.
         adapter: adapters to put onto what lies at `path`: a run, checkpoint, folder or GGUF file, or several by the names
@@ -101,6 +102,7 @@ def load(
     if precision is None and target.run is not None and (target.run / "run.yaml").is_file():
         how = replace(how, precision=read_resolved(target.run / "run.yaml").model.precision)
     target.check(how)
+    how = _as_trained(target, how, asked=precision is not None)
     placed = {name: _Placed(folder, target.home or folder) for name, folder in target.adapters.items()}
     for name, given in _named(adapter).items():
         if name in placed:
@@ -121,6 +123,22 @@ def load(
     else:
         under = target.model
     return _put_on(under, placed, trainable, how, insist=base is not None)
+
+
+def _as_trained(target: _Target, how: Opening, *, asked: bool) -> Opening:
+    """The base under an adapter is quantised as it was in training, unless another precision was asked for."""
+    if target.home is None or not target.adapters or not (target.home / manifests.NAME).is_file():
+        return how
+    then = (manifests.read(target.home).facts.get("base") or {}).get("quantisation")
+    if then is None:
+        return how
+    if not asked or how.precision == then["precision"]:
+        fp8 = then.get("fp8", how.fp8)
+        return replace(how, precision=then["precision"], keep_16bit=tuple(then["keep_16bit"]), fp8=fp8)
+    how.tell(
+        f"This adapter was trained on its base in {then['precision']}, and is opened on it in {how.precision}: its logits differ from the trained ones."
+    )
+    return how
 
 
 def _device(name: str | None) -> str:
@@ -228,7 +246,7 @@ def _plain_config(model: Any) -> Any:
 
 
 def _made_trainable(model: Any, trainable: bool) -> Any:
-    if trainable and getattr(model, "is_quantized", False):
+    if trainable and (getattr(model, "is_quantized", False) or is_quantised(model)):
         raise RequestError(
             "quantised weights are codes, which no gradient changes.",
             code="quantised-base",

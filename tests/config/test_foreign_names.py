@@ -8,6 +8,7 @@ from luthier.config import document
 from luthier.config.check import validate
 from luthier.config.foreign import TABLE, TOOLS, convert
 from luthier.config.keys import keys
+from luthier.config.schema import QUANTISED
 
 
 def nested(ours):
@@ -18,6 +19,8 @@ def nested(ours):
         for section in sections:
             here = here.setdefault(section, {})
         here[leaf] = value
+    if values["model"].get("precision") in QUANTISED:
+        values.setdefault("adapter", "lora")
     return values
 
 
@@ -59,6 +62,9 @@ def test_no_key_of_ours_is_taken_for_a_foreign_one_in_its_place():
         ("torch_dtype", "torch.bfloat16", {}, {"model.precision": "bf16"}),
         ("datasets", [{"path": "a", "type": "alpaca"}, {"path": "b"}], {}, {"data.train": ["a", "b"]}),
         ("use_peft", False, {}, {"adapter": "none"}),
+        ("load_in_4bit", True, {}, {"model.precision": "nf4"}),
+        ("quantization_bit", 8, {}, {"model.precision": "int8"}),
+        ("quantization_config", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {}, {"model.precision": "nf4"}),
         ("report_to", "wandb,tensorboard", {}, {"log": ["wandb", "tensorboard"]}),
     ],
 )

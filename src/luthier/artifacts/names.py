@@ -56,6 +56,14 @@ def of_model(name: str) -> str:
     return name
 
 
+def of_layer(name: str) -> str:
+    """A base layer's own name, whatever adapters lie around it: ``model.x.q_proj.base_layer`` → ``model.x.q_proj``."""
+    parts = [part for part in of_model(name).split(".") if part != "base_layer"]
+    around = ("token_adapter", "original_module", "modules_to_save")
+    end = next((index for index, part in enumerate(parts) if part in around), len(parts))
+    return ".".join(parts[:end])
+
+
 def of_adapter(name: str) -> AdapterName:
     """The name that peft writes to a file for an adapter's tensor, whatever it was saved as.
 

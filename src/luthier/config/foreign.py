@@ -198,6 +198,18 @@ def _precision(value: Any, given: Mapping[str, Any]) -> Converted:
     return {"model.precision": names[text]}
 
 
+def _quantised(value: Any, given: Mapping[str, Any]) -> Converted:
+    if isinstance(value, Mapping):
+        bits = 4 if _true(value.get("load_in_4bit")) else 8 if _true(value.get("load_in_8bit")) else None
+    else:
+        bits = {"4": 4, "8": 8}.get(str(value).lower().removesuffix("bit").removesuffix(".0"))
+    if not _true(value):
+        return "Leave it out: that is the default here."
+    if bits is None:
+        return "`model.precision` takes nf4, int8 or fp8 for a base that is quantised while it is read."
+    return {"model.precision": "nf4" if bits == 4 else "int8"}
+
+
 def _if_true(then: dict[str, Any] | str, otherwise: str = "Leave it out: that is the default here.") -> Converter:
     return lambda value, given: then if _true(value) else otherwise
 
@@ -217,10 +229,6 @@ def _report(value: Any, given: Mapping[str, Any]) -> Converted:
     return {"log": names}
 
 
-_QUANTISED = (
-    "A quantised base has no counterpart yet: `model.precision` takes bf16, fp16 or fp32; "
-    "`optim.states: 8bit` and `train.memory: recompute` save memory today."
-)
 _ONE_DEVICE = "A run takes one device so far; leave it out."
 _AUTOMATIC = "Leave it out: this is done by itself."
 _EVERY_STEP = "Leave it out: every step is written to metrics.jsonl."
@@ -261,11 +269,11 @@ _ROWS = [
     Foreign("mixed_precision", "RT", "bf16", _precision),
     Foreign("pure_bf16", "RL", True, _if_true({"model.precision": "bf16", "optim.master": "none"})),
     Foreign("tf32", "TA", True, _no("TF32 has no counterpart: it would be one more thing that decides bits.")),
-    Foreign("load_in_4bit", "TUA", True, _if_true(_QUANTISED)),
-    Foreign("load_in_8bit", "TUA", True, _if_true(_QUANTISED)),
-    Foreign("quantization", "R", "4bit", _if_true(_QUANTISED)),
-    Foreign("quantization_bit", "L", 4, _if_true(_QUANTISED)),
-    Foreign("quantization_config", "T", {"load_in_4bit": True}, _no(_QUANTISED)),
+    Foreign("load_in_4bit", "TUA", True, _if_true({"model.precision": "nf4"})),
+    Foreign("load_in_8bit", "TUA", True, _if_true({"model.precision": "int8"})),
+    Foreign("quantization", "R", "4bit", _quantised),
+    Foreign("quantization_bit", "L", 4, _quantised),
+    Foreign("quantization_config", "T", {"load_in_4bit": True}, _quantised),
     Foreign("attn_implementation", "TUA", "sdpa", _to("model.attention")),
     Foreign("flash_attention", "A", True, _if_true({"model.attention": "flash_attention_2"})),
     Foreign(

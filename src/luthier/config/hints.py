@@ -11,7 +11,7 @@ from luthier.config.keys import allowed, canonical, children, keys, literals
 
 _PEFT_SETS_ITSELF = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path")
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-_QUANTISED = ("nf4", "int8", "int4", "fp8", "fp4", "4bit", "8bit")
+_PRECISIONS |= {"int4": "nf4", "fp4": "nf4", "4bit": "nf4", "8bit": "int8", "float8": "fp8", "e4m3": "fp8"}
 
 
 def show(value: Any) -> str:
@@ -91,11 +91,8 @@ def wrong_value(key: str, value: Any) -> str:
     if not isinstance(value, str):
         return sentence
     lower = value.lower()
-    if canonical(key) == "model.precision":
-        if lower in _PRECISIONS:
-            return f"{sentence} Did you mean `{_PRECISIONS[lower]}`?"
-        if lower in _QUANTISED:
-            return f"{sentence} Quantised bases are not available in this version."
+    if canonical(key) == "model.precision" and lower in _PRECISIONS:
+        return f"{sentence} Did you mean `{_PRECISIONS[lower]}`?"
     close = difflib.get_close_matches(lower, literals(key), n=1, cutoff=0.6)
     if close:
         return f"{sentence} Did you mean `{close[0]}`?"

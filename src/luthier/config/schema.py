@@ -23,7 +23,9 @@ from pydantic import (
 )
 
 FORMAT: Literal[1] = 1
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "nf4", "int8", "fp8"]
+QUANTISED = ("nf4", "int8", "fp8")
+"""Precisions of a frozen base, on which an adapter trains."""
 
 
 Real = float
@@ -60,7 +62,11 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     precision: Precision | None = None
-    """Dtype of the weights as held for computing and as saved. Unset: bf16 on a GPU that has it, else fp16; fp32 on a CPU."""
+    """Dtype of the weights as held for computing and as saved. Unset: bf16 on a GPU that has it, else fp16; fp32 on a CPU. nf4, int8 and fp8 hold a frozen base under an adapter ([quantised.md](quantised.md))."""
+    keep_16bit: list[str] = []
+    """With a quantised precision: layers that stay in 16 bits beside head, embeddings, norms and routers, by name or ending of a name."""
+    fp8: Literal["compute", "storage"] = "compute"
+    """With precision fp8: multiply in fp8 where the device can, or hold the weights in it and multiply in 16 bits."""
     template: str | None = None
     """Chat template to use instead of the tokenizer's own: `chatml`, or a path to a Jinja file."""
     attention: str | None = None
@@ -354,6 +360,24 @@ class RunConfig(Section):
             raise ValueError(
                 "optim.from carried keeps the moments of the adapter that is trained further; it needs adapter.from "
                 "with adapter.then: continue."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_base_is_under_an_adapter(self) -> RunConfig:
+        precision = self.model.precision
+        if precision in QUANTISED and self.adapter is None:
+            raise ValueError(
+                f"model.precision {precision} holds codes, which no gradient changes, so an adapter has to train on them. "
+                "Write adapter: lora, or take bf16 for full fine-tuning."
+            )
+        if precision in QUANTISED and self.adapter is not None and self.adapter.type.lower() != "lora":
+            raise ValueError(
+                f"adapter.type {self.adapter.type} has no form for a base in {precision}; take lora (also with dora: true), or model.precision bf16."
+            )
+        if precision not in QUANTISED and self.model.keep_16bit:
+            raise ValueError(
+                "model.keep_16bit names layers of a quantised base, and model.precision is none of nf4, int8, fp8."
             )
         return self
 

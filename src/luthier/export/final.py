@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from luthier.artifacts.files import link_or_copy, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_file, stretches
 from luthier.artifacts.tensorfile import Place
 from luthier.errors import ArtifactError
-from luthier.export.prove import Answers, Probe, Proof, compare, plain_answers
+from luthier.export.prove import Answers, Probe, Proof, compare, largest_difference, plain_answers
 
 FAILED = "proof-failed.json"
 
@@ -64,6 +65,8 @@ def make_final(
             where=str(run / FAILED),
             remedy=f"The checkpoints are kept; {checkpoint} holds what was trained.",
         )
+    if probe.quantisation is not None:
+        proof = _with_distance(proof, expected, partial, probe)
     write_file(partial / "proof.json", proof.to_bytes())
     write_file(partial / "README.md", card(partial, kind).encode())
     manifest = _manifest(partial, kind, source, names, facts)
@@ -71,6 +74,17 @@ def make_final(
         publish.remove(target)
     publish.finish(partial, target, manifest)
     return target, proof
+
+
+def _with_distance(proof: Proof, expected: Answers, partial: Path, probe: Probe) -> Proof:
+    """The proof, with how far the logits are from those on the unquantised base: that is what opening it so would cost."""
+    try:
+        other = plain_answers(partial, replace(probe, quantisation=None), tokenizer=False)
+    except ArtifactError:  # it does not fit into memory there; that costs no proof
+        return proof
+    distance = largest_difference(expected.logits, other.logits)
+    says = f"{proof.says} On the base without quantisation the same adapter's logits differ by up to {distance:.3g}."
+    return replace(proof, unquantised=distance, says=says)
 
 
 def _place(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ file named by its first argument:
 
     {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
      "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
-     "trust_remote_code": false, "layered": false, "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
+     "trust_remote_code": false, "layered": false, "quantisation": {"precision": "nf4", "skip": ["lm_head"]} or null, "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
 
 and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
 (``plain0``) and with adapted weights disturbed by up to the share ``rounding`` (``rounded0``), and beside them
@@ -126,14 +126,46 @@ def open_whole(folder, request):
     }
     if request["attention"]:
         options["attn_implementation"] = request["attention"]
+    quantisation = request.get("quantisation")
     if not (folder / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options), False
     from peft import PeftModel
 
     named = json.loads((folder / "adapter_config.json").read_text())
     base = request["base"] or named["base_model_name_or_path"]
+    if quantisation and quantisation["precision"] != "fp8":
+        options |= {
+            "quantization_config": bitsandbytes_config(quantisation, options["dtype"]),
+            "device_map": {"": request["device"]},
+        }
     model = AutoModelForCausalLM.from_pretrained(base, revision=named.get("revision") or "main", **options)
+    if quantisation and quantisation["precision"] == "fp8":
+        round_to_fp8(model, quantisation["skip"])
     return PeftModel.from_pretrained(model, str(folder)), True
+
+
+def bitsandbytes_config(quantisation, dtype):
+    """What a user would pass to open the base in nf4 or int8."""
+    from transformers import BitsAndBytesConfig
+
+    skip = quantisation["skip"]
+    if quantisation["precision"] == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip
+    )
+
+
+def round_to_fp8(model, skip):
+    """Give every linear layer the values that e4m3 with a scale a row leaves of its weights; no plain library does it."""
+    import torch
+
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and name not in skip:
+            weight = module.weight.data.float()
+            largest = weight.abs().amax(dim=1, keepdim=True)
+            scale = torch.where(largest == 0, 1.0, largest / 448)
+            module.weight.data.copy_((weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from luthier.artifacts.names import of_layer
 from luthier.errors import ArtifactError
 from luthier.export import prober
+from luthier.models.quantised.layer import quantised_layers
 
 PROBE_TOKENS = 48
 MARGIN = 10
@@ -48,6 +51,8 @@ class Probe:
     trust_remote_code: bool = False
     layered: bool = False
     """Layer by layer from the start; without, only where the model does not fit on the device."""
+    quantisation: dict[str, Any] | None = None
+    """How the base under an adapter is quantised as it is opened: `precision`, and `skip`, the linear layers left in 16 bits."""
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Proof:
     compared: str
     says: str
     differences: tuple[str, ...] = ()
+    unquantised: float | None = None
+    """How far the logits are from those of the same adapter on the base without quantisation; None where that was not asked."""
     format: int = 1
 
     def to_bytes(self) -> bytes:
@@ -93,7 +100,18 @@ def make_probe(model: Any, samples: Sequence[Sequence[int]], *, deterministic: b
         threads=torch.get_num_threads(),
         deterministic=deterministic,
         trust_remote_code=trust_remote_code,
+        quantisation=_quantisation(base),
     )
+
+
+def _quantisation(base: nn.Module) -> dict[str, Any] | None:
+    """What plain libraries have to be told to quantise a base as this one is."""
+    layers = quantised_layers(base)
+    if not layers:
+        return None
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    skip = sorted({of_layer(name) for name in linear if ".lora_" not in name})
+    return {"precision": layers[0].form, "skip": skip}
 
 
 def live_answers(model: nn.Module, tokenizer: Any, probe: Probe) -> Answers:

@@ -18,6 +18,8 @@ from luthier.config.schema import AdapterConfig
 from luthier.errors import RequestError
 from luthier.models.adapter_config import build, check, has_rank, uses_linear_layers
 from luthier.models.open import Base
+from luthier.models.quantised.adapter import register
+from luthier.models.quantised.layer import quantised_layers
 from luthier.models.quiet import no_deprecations
 from luthier.models.targets import ALL_LINEAR, Targets, all_linear, check_names, expert_parameters, named
 
@@ -72,7 +74,9 @@ def config_for(model: PreTrainedModel, adapter: AdapterConfig, new_token_ids: Se
     """The peft config that `adapter` means on a model; raises as `attach` does."""
     check(adapter)
     check_names(model, adapter.modules_to_save, "adapter.modules_to_save")
-    return build(adapter, **_arguments(model, adapter, new_token_ids))
+    config = build(adapter, **_arguments(model, adapter, new_token_ids))
+    register(config, model)
+    return config
 
 
 def matched(model: PeftModel) -> Matched:
@@ -103,7 +107,10 @@ def summary(model: nn.Module, adapter: AdapterConfig | None) -> str:
     if adapter is None or not isinstance(model, PeftModel):
         return f"full fine-tuning, all {_count(trained)} (no `adapter` in the run file)"
     extra = {id(weight) for weight in _added(model)}
+    packed = quantised_layers(model)
+    extra |= {id(weight) for module in packed for weight in (module.codes, module.scales)}
     base = sum(weight.numel() for weight in model.parameters() if id(weight) not in extra)
+    base += sum(module.in_features * module.out_features for module in packed)
     label = _LABELS.get(adapter.type, adapter.type)
     rank = f" r{adapter.r}" if has_rank(adapter) else ""
     if adapter.dora:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from luthier.models.quantised.layer import quantised_layers
+
 
 @dataclass(frozen=True)
 class Description:
@@ -56,7 +58,11 @@ def describe(model: nn.Module) -> Description:
     dtype = str(getattr(base, "dtype", next(model.parameters()).dtype)).removeprefix("torch.")
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     count = sum(parameter.numel() for parameter in model.parameters())
+    packed = quantised_layers(base)
+    count += sum(
+        layer.in_features * layer.out_features - layer.codes.numel() - layer.scales.numel() for layer in packed
+    )
     return Description(
-        type(base).__name__, adapters, sum(trains.values()), count, names.get(dtype, dtype),
+        type(base).__name__, adapters, sum(trains.values()), count, packed[0].form if packed else names.get(dtype, dtype),
         active=active, merged=merged, ranks=ranks, trains=dict(trains),
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from luthier.config.schema import ModelConfig, Precision
 from luthier.models.check_folder import pickle_files, read_json, weight_files
@@ -26,6 +27,8 @@ class Opening:
     trust_remote_code: bool
     tell: Callable[[str], None]
     revision: str | None = None
+    keep_16bit: tuple[str, ...] = ()
+    fp8: Literal["compute", "storage"] = "compute"
 
 
 def load_base(name: str, how: Opening) -> Base:
@@ -33,7 +36,10 @@ def load_base(name: str, how: Opening) -> Base:
 
     Raises: as ``luthier.models.open.open_base``, and RequestError where it does not fit on the device.
     """
-    model = ModelConfig(path=name, revision=how.revision, precision=how.precision, trust_remote_code=how.trust_remote_code)  # fmt: skip
+    model = ModelConfig(
+        path=name, revision=how.revision, precision=how.precision, trust_remote_code=how.trust_remote_code,
+        keep_16bit=list(how.keep_16bit), fp8=how.fp8,
+    )  # fmt: skip
     folder, vocabulary = Path(name).expanduser(), None
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if not read_json(folder / "config.json").get("quantization_config") and not pickle_files(folder):

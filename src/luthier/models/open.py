@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,15 @@ from luthier.data.template import end_token
 from luthier.errors import ArtifactError, RequestError
 from luthier.models import hub
 from luthier.models.base_files import own_state
-from luthier.models.check_folder import check_config, check_folder, read_json
+from luthier.models.check_folder import check_config, check_folder, read_json, weight_files
 from luthier.models.coverage import check_coverage
 from luthier.models.gguf import gguf_config, open_gguf
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
-from luthier.models.precision import DTYPES, resolve_precision
+from luthier.models.precision import dtype_of, form_of, resolve_precision
+from luthier.models.quantised.ahead import read_ahead
+from luthier.models.quantised.choose import Choice
+from luthier.models.quantised.layer import quantised_layers
+from luthier.models.quantised.loading import on_the_fly, quantise_model
 from luthier.models.quiet import quiet
 from luthier.models.settings import check_attention, set_dropout
 from luthier.models.source import BaseSource, find_source
@@ -50,6 +55,7 @@ class Base:
         differs: plain libraries would not find this model at the source (a GGUF, a vocabulary that grew), so it has to be
             written once as a folder that an adapter can name.
         notes: what was decided on the way and the user should know, one sentence each.
+        choice: which layers were quantised; None for a base in 16 or 32 bits, or one that was opened quantised.
     """
 
     model: PreTrainedModel
@@ -58,6 +64,7 @@ class Base:
     new_token_ids: tuple[int, ...] = ()
     differs: bool = False
     notes: list[str] = field(default_factory=list)
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,15 @@ def open_base(
     if model.attention is not None:
         options["attn_implementation"] = model.attention
     packed = getattr(config, "quantization_config", None) is not None
-    dtype = _dtype_beside(config, model) if packed else DTYPES[resolve_precision(model, device)]
+    dtype = _dtype_beside(config, model) if packed else dtype_of(model, device)
+    form = form_of(model)
     folder = found.source.path if found.source.kind == "folder" else None
     state = own_state(folder) if folder is not None and not packed else None
-    with quiet():
+    streams = form is not None and found.header is None
+    if form is not None and streams:
+        options["quantization_config"] = on_the_fly(form, model.keep_16bit)
+    ahead = read_ahead(weight_files(folder)) if streams and folder is not None and state is None else nullcontext()
+    with quiet(), ahead:
         if found.header is not None:
             loaded = open_gguf(found.source, found.header, config, dtype, options)
         elif state is not None:
@@ -115,11 +127,18 @@ def open_base(
         else:
             loaded = _load(model, found.source, config, dtype, options)
     loaded.config.dtype = dtype
+    choice = options["quantization_config"].choice if streams else None
+    if form is not None and not streams:
+        choice = quantise_model(loaded, form, model.keep_16bit)
+    if form == "fp8" and model.fp8 == "compute":
+        for layer in quantised_layers(loaded):
+            layer.multiplies = "fp8"
     grown = make_rows(loaded, ids)
     if tokenizer is not None:
         _set_generation(loaded, tokenizer)
     differs = grown or found.source.kind == "gguf" or state is not None
-    return Base(loaded, tokenizer, found.source, ids, differs, list(vocabulary.notes))
+    notes = [*vocabulary.notes, *(choice.notes if choice else ())]
+    return Base(loaded, tokenizer, found.source, ids, differs, notes, choice)
 
 
 def _dtype_beside(config: PreTrainedConfig, model: ModelConfig) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from luthier.artifacts.tensorfile import read_header
 from luthier.config.schema import Precision
 from luthier.errors import RequestError
 
-_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+_BYTES: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1, "nf4": 0.5 + 4 / 64}
+"""Bytes a number; of a quantised base the least, since what stays in 16 bits isn't counted."""
 
 
 def parameters_in(files: Iterable[Path]) -> int:
@@ -42,8 +45,9 @@ def check_room(parameters: int, precision: Precision, device: str | torch.device
     if free is None or needed <= free:
         return
     on_cpu = torch.device(device).type == "cpu"
-    smaller = parameters * 2 <= free and _BYTES[precision] > 2
-    remedy = "Take precision='bf16', which fits." if smaller else "Take a smaller model, or free memory."
+    fitting = next((word for word in ("bf16", "fp8", "nf4") if parameters * _BYTES[word] <= free and _BYTES[word] < _BYTES[precision]), None)  # fmt: skip
+    smaller = fitting is not None
+    remedy = f"Take precision={fitting!r}, which fits." if smaller else "Take a smaller model, or free memory."
     if not on_cpu and not smaller:
         in_ram = free_bytes("cpu")
         if in_ram is not None and needed <= in_ram:
@@ -54,3 +58,9 @@ def check_room(parameters: int, precision: Precision, device: str | torch.device
         where="device",
         remedy=remedy,
     )
+
+
+def give_back_free() -> None:
+    """Let the C library give room that it keeps for later back to the system, where it can (glibc)."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

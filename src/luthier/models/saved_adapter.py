@@ -23,6 +23,7 @@ from luthier.models.adapter_names import check_name
 from luthier.models.coverage import grouped
 from luthier.models.open import Base
 from luthier.models.pickles import read_pickle
+from luthier.models.quantised.adapter import is_quantised, register
 from luthier.models.quiet import no_deprecations
 
 WEIGHTS = "adapter_model.safetensors"
@@ -144,13 +145,24 @@ def _check_whole_modules(config: PeftConfig, places: Mapping[str, Place], folder
 def _attach(base: Base, plain: Path, folder: Path, config: PeftConfig, *, trainable: bool, name: str) -> PeftModel:
     trains = trainable and not config.is_prompt_learning
     empty_first = config.peft_type not in _NEEDS_WEIGHTS
+    register(config, base.model)
     try:
         with no_deprecations():
             if isinstance(base.model, PeftModel):
+                if is_quantised(base.model):  # peft would read the config again, without what is registered in it
+                    config.inference_mode = not trains
+                    base.model.add_adapter(name, config, low_cpu_mem_usage=True)
+                    if trains:
+                        base.model.set_requires_grad(name)
                 base.model.load_adapter(str(plain), name, is_trainable=trains, low_cpu_mem_usage=empty_first)
                 return base.model
             return PeftModel.from_pretrained(
-                base.model, str(plain), adapter_name=name, is_trainable=trains, low_cpu_mem_usage=empty_first
+                base.model,
+                str(plain),
+                adapter_name=name,
+                is_trainable=trains,
+                low_cpu_mem_usage=empty_first,
+                config=config,
             )
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise ArtifactError(

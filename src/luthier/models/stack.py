@@ -27,6 +27,7 @@ from luthier.errors import ArtifactError, RequestError
 from luthier.models.adapter_names import BELOW, JOINED, TOP, is_stacked
 from luthier.models.adapters import config_for
 from luthier.models.open import Base
+from luthier.models.quantised.adapter import register
 from luthier.models.quiet import no_deprecations
 from luthier.models.saved_adapter import open_adapter
 from luthier.models.targets import shortest
@@ -233,6 +234,8 @@ def _taken_off(base: Base, folder: Path) -> dict[str, Factors]:
 
 def _two(base: Base, lower: Mapping[str, Factors], config: LoraConfig, scaling: float, seed: int) -> PeftModel:
     below = _config(base.model, {name: factors.rank for name, factors in lower.items()}, scaling, {})
+    for each in (below, config):
+        register(each, base.model)
     with torch.random.fork_rng(devices=[]), no_deprecations():
         torch.manual_seed(seed)
         model: Any = get_peft_model(base.model, below, adapter_name=BELOW)

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import RequestError
+from luthier.models.quantised.layer import QuantisedLinear
 
 ALL_LINEAR = "all-linear"
-_LINEAR = (nn.Linear, Conv1D)
+_LINEAR = (nn.Linear, Conv1D, QuantisedLinear)
 _ADAPTABLE = (*_LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 _ROUTERS = ("gate", "shared_expert_gate")
 _HEADS = ("score", "classifier", "lm_head")
@@ -32,7 +33,7 @@ def all_linear(model: PreTrainedModel, exclude: str | list[str] | None, *, exper
     """Every linear layer but routers, embeddings and head; with `experts` the fused weights of experts too."""
     linear = {name for name, module in model.named_modules() if isinstance(module, _LINEAR)}
     chosen = {
-        name for name in linear if not _is_router(name) and not _is_head(model, name) and not _named(name, exclude)
+        name for name in linear if not is_router(name) and not is_head(model, name) and not name_matches(name, exclude)
     }
     if not chosen and not (experts and expert_parameters(model)):
         raise RequestError(
@@ -42,7 +43,7 @@ def all_linear(model: PreTrainedModel, exclude: str | list[str] | None, *, exper
             remedy="Exclude fewer layers.",
         )
     parameters = (
-        sorted({_tail(name) for name in expert_parameters(model) if not _named(name, exclude)}) if experts else []
+        sorted({_tail(name) for name in expert_parameters(model) if not name_matches(name, exclude)}) if experts else []
     )
     names = {name for name, _ in model.named_modules() if name}
     return Targets(shortest(chosen, names - chosen), parameters)
@@ -82,7 +83,7 @@ def expert_parameters(model: nn.Module) -> list[str]:
 
 def _check(target: str, modules: dict[str, nn.Module], exclude: str | list[str] | None, *, pattern: bool) -> None:
     try:
-        matches = [name for name in modules if name and _named(name, target if pattern else [target])]
+        matches = [name for name in modules if name and name_matches(name, target if pattern else [target])]
     except re.error as error:
         raise RequestError(
             f"{target!r} is no valid regular expression: {error}.",
@@ -90,7 +91,7 @@ def _check(target: str, modules: dict[str, nn.Module], exclude: str | list[str] 
             where="adapter.target",
             remedy="Give names instead, e.g. [q_proj, v_proj], or `all-linear`.",
         ) from error
-    left = [name for name in matches if not _named(name, exclude)]
+    left = [name for name in matches if not name_matches(name, exclude)]
     if any(isinstance(modules[name], _ADAPTABLE) for name in left):
         unfit = [name for name in left if not isinstance(modules[name], _ADAPTABLE)]
         if unfit:
@@ -131,7 +132,7 @@ def _check(target: str, modules: dict[str, nn.Module], exclude: str | list[str] 
     )
 
 
-def _named(name: str, wanted: str | list[str] | None) -> bool:
+def name_matches(name: str, wanted: str | list[str] | None) -> bool:
     """peft's rule: a string is a regular expression over the whole name, a list holds names or endings of names."""
     if not wanted:
         return False
@@ -140,11 +141,13 @@ def _named(name: str, wanted: str | list[str] | None) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in wanted)
 
 
-def _is_router(name: str) -> bool:
+def is_router(name: str) -> bool:
+    """Whether a layer chooses among experts."""
     return "router" in name.lower() or name.rpartition(".")[2] in _ROUTERS
 
 
-def _is_head(model: PreTrainedModel, name: str) -> bool:
+def is_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a layer gives the model's outputs."""
     if name.rpartition(".")[2] in _HEADS and name.count(".") <= 1:
         return True
     head = model.get_output_embeddings()

@@ -27,6 +27,7 @@ from luthier.models import stack
 from luthier.models.compile import undo
 from luthier.models.memory import keep
 from luthier.models.open import Base
+from luthier.models.quantised import layer as quantised
 from luthier.report.card import model_card
 from luthier.report.metrics import read_metrics
 from luthier.report.page import write_report
@@ -68,12 +69,15 @@ def ask_live_model(parts: Parts, base: Base, state: State, prepared: Prepared) -
     if parts.config.train.memory == "recompute":
         keep(base.model)
     as_pair = live_answers(parts.model, base.tokenizer, probe) if stack.is_stacked(parts.model) else None
-    with stack.plain_form(parts.model):
+    with stack.plain_form(parts.model), quantised.plain_form(parts.model) as multiplies_otherwise:
         expected = live_answers(parts.model, base.tokenizer, probe)
+    own = live_answers(parts.model, base.tokenizer, probe) if multiplies_otherwise else None
     facts = {**parts.checkpoints.facts, "versions": versions()}
     if as_pair is not None:  # the two adapters' products are added in another order than the one adapter's
         difference = largest_difference(as_pair.logits, expected.logits)
         facts["stack"] = {**facts["stack"], "difference": difference}
+    if own is not None:
+        facts["plain_form"] = {"difference": largest_difference(own.logits, expected.logits)}
     facts["total_steps"] = parts.total_steps
     before = _before(parts, base)
     return Trained(parts.config, parts.run, state, expected, probe, facts, before, parts.events, parts.total_steps)
@@ -103,7 +107,10 @@ def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
 
     def card(folder: Path, kind: str) -> str:
         return model_card(
-            run, kind="adapter" if kind == "adapter" else "model", open_with=how_to_open(kind), final=folder
+            run,
+            kind="adapter" if kind == "adapter" else "model",
+            open_with=how_to_open(kind, trained.probe),
+            final=folder,
         )
 
     try:
@@ -117,10 +124,22 @@ def prove(trained: Trained, say: Say) -> tuple[Path, Proof]:
         say(
             f"saved as one adapter; its logits differ from the stacked pair's by up to {trained.facts['stack']['difference']:.3g}"
         )
+    if "plain_form" in trained.facts:
+        say(_plain_form_says(trained))
     say(f"proof: {proof.verdict} in {time.perf_counter() - begun:.1f} s; {proof.says}")
     trained.events.emit(Event("end", step, trained.total_steps, run, {}, final))
     _closing(trained, final, say)
     return final, proof
+
+
+def _plain_form_says(trained: Trained) -> str:
+    how = {
+        "int8": "plain libraries multiply int8 with activations rounded too (LLM.int8())",
+        "fp8": "plain libraries have no fp8 products, so the proof compares with a 16-bit model that holds the same weights",
+    }
+    assert trained.probe.quantisation is not None
+    difference = trained.facts["plain_form"]["difference"]
+    return f"{how[trained.probe.quantisation['precision']]}; in training's own form the logits differ from that by up to {difference:.3g}"
 
 
 def is_finished(run: Path, step: int, total: int) -> bool:
@@ -159,14 +178,39 @@ def best_checkpoint(run: Path) -> Found | None:
     return min(kept, key=lambda found: losses[found.step], default=None)
 
 
-def how_to_open(kind: str) -> str:
-    """Python that opens a final folder with plain libraries; ``FOLDER`` stands for its place."""
+def how_to_open(kind: str, probe: Probe | None = None) -> str:
+    """Python that opens a final folder with plain libraries; ``FOLDER`` stands for its place.
+
+    Args:
+        probe: how it was asked; says whether, and how, the base is quantised.
+    """
+    if probe is not None and probe.quantisation is not None:
+        return _on_quantised(probe.quantisation, probe.dtype)
     name = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
     library = "peft" if kind == "adapter" else "transformers"
     return f"""from {library} import {name}
 from transformers import AutoTokenizer
 
 model = {name}.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+
+
+def _on_quantised(quantisation: dict[str, Any], dtype: str) -> str:
+    skip = f"llm_int8_skip_modules={quantisation['skip']!r}"
+    forms = {
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="{dtype}", {skip}',
+        "int8": f"load_in_8bit=True, {skip}",
+    }
+    form = forms.get(quantisation["precision"])
+    if form is None:
+        return """import luthier  # plain libraries open the base in 16 bits only; trained on fp8, it is then a little off
+
+model, tokenizer = luthier.load("FOLDER")"""
+    return f"""from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+how = BitsAndBytesConfig({form})
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER", quantization_config=how, dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
 
 

@@ -23,6 +23,7 @@ from luthier.checkpoint.checkpoints import Checkpoints, Saved
 from luthier.config.schema import RunConfig
 from luthier.data.batches import Batches, MicroBatch, StepBatch
 from luthier.errors import ArtifactError, LuthierError, Stopped
+from luthier.models.precision import dtype_of
 from luthier.objectives import causal_loss
 from luthier.report.metrics import MetricsLog
 from luthier.training import schedule
@@ -62,7 +63,7 @@ class Loop:
     def __init__(self, parts: Parts, state: State, progress: Progress, stop: StopRequest) -> None:
         self.parts, self.state, self.progress, self.stop = parts, state, progress, stop
         config = parts.config
-        self._scale = LossScale(enabled=config.model.precision == "fp16")
+        self._scale = LossScale(enabled=dtype_of(config.model, parts.device) == torch.float16)
         if state.loss_scale:
             self._scale.load_state(state.loss_scale)
         per_epoch = parts.batches.steps_per_epoch

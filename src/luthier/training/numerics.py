@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from luthier.config.schema import RunConfig
+from luthier.models.quantised.fp8 import multiplies_in_fp8
+from luthier.models.quantised.layer import quantised_layers
 
 
 @contextmanager
@@ -33,7 +35,10 @@ def settled(config: RunConfig, device: torch.device) -> Iterator[None]:
 
 def environment(device: torch.device, model: Any) -> dict[str, Any]:
     """What decides bits besides config and data; compared when a run is resumed."""
+    fp8 = [layer for layer in quantised_layers(model) if layer.multiplies == "fp8"]
+    products = {"fp8": "tensor cores" if multiplies_in_fp8(device, fp8[0].computes_in) else "emulated"} if fp8 else {}
     return {
+        **products,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "attention": getattr(model.config, "_attn_implementation", None),

@@ -23,6 +23,7 @@ from luthier.data.batches import Batches
 from luthier.data.prepare import Prepared, prepare, repeats
 from luthier.errors import RequestError
 from luthier.models import adapters, stack
+from luthier.models.base_files import is_plain
 from luthier.models.memory import recompute
 from luthier.models.open import (  # fmt: skip
     Base,
@@ -33,6 +34,8 @@ from luthier.models.open import (  # fmt: skip
     open_config,
     open_vocabulary,
 )
+from luthier.models.precision import form_of, unquantised
+from luthier.models.quantised.choose import Choice, quantisation_of
 from luthier.models.saved_adapter import fit_vocabulary, open_adapter
 from luthier.report.metrics import MetricsLog
 from luthier.training import base_folder, numerics, optimizers, schedule
@@ -69,6 +72,7 @@ class Session:
         self.extra: dict[str, Any] = read_state(start.path)["extra"] if start else {}
         self.notes: list[str] = list(origin.notes) if origin else []
         self._vocabulary: Vocabulary | None = None
+        self._choice: Choice | None = None
 
     def data(self) -> tuple[Prepared, Batches, int]:
         """Everything that can be wrong with the request is found here, before weights are read."""
@@ -122,7 +126,10 @@ class Session:
 
     def model(self) -> tuple[Base, nn.Module]:
         self._make_base()
+        self._write_unquantised()
         base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
+        self.notes += base.choice.notes if base.choice else ()
+        self._choice = base.choice
         own = base_folder.existing(self.run)
         if own is None and self.origin is not None:
             fit_vocabulary(base, self.origin.folder)
@@ -154,7 +161,7 @@ class Session:
         if origin is None or base_folder.existing(self.run) is not None:
             return
         if origin.then == "merge":
-            model = self._model_config()
+            model = unquantised(self._model_config(), self.device)
             vocabulary = self._vocabulary or open_vocabulary(model)
             source = locate_base(model)
             if not base_folder.is_fetched(source):
@@ -165,6 +172,22 @@ class Session:
             self.notes.append(f"merged {origin.folder} into its base, in fp32 and rounded once: {own}")
         elif origin.own_base is not None:
             base_folder.adopt(self.run, origin.own_base)
+
+    def _write_unquantised(self) -> None:
+        """A quantised base that plain libraries would not find again is written in 16 bits, and opened from there."""
+        model = self._model_config()
+        if form_of(model) is None or base_folder.existing(self.run) is not None:
+            return
+        source = locate_base(model)
+        plain = source.kind == "hub" or (source.kind == "folder" and source.path is not None and is_plain(source.path))
+        if plain and not model.new_tokens and self.origin is None:
+            return
+        base = open_base(unquantised(model, self.device), device="cpu", vocabulary=self._vocabulary)
+        if self.origin is not None:
+            fit_vocabulary(base, self.origin.folder)
+        if base.differs:
+            own = base_folder.write_base(self.run, base)
+            self.notes.append(f"wrote the base once to {own}, in 16 bits, so that plain peft opens final/")
 
     def _adapted(self, base: Base, name: str) -> Any:
         """The base with the adapter that trains: a new one, the origin's, or the checkpoint's."""
@@ -250,6 +273,8 @@ class Session:
         identity: dict[str, Any] = {"name": str(own) if own else source.name, "revision": source.revision}
         if self.config.adapter is None and self.start:
             return manifests.read(self.start.path).facts["base"]
+        if self._choice is not None:  # the fingerprint is of the 16-bit source; this says what was made of it
+            identity["quantisation"] = quantisation_of(self.config.model, self._choice)
         is_folder = folder is not None and folder.is_dir()
         found = fingerprint.of_folder(folder) if is_folder else fingerprint.of_file(folder) if folder else ""
         return {**identity, "fingerprint": found}
@@ -270,6 +295,13 @@ class Session:
                 code="base-changed",
                 where="model.path",
                 remedy="Give the right base with model.path=…, or insist with --allow model.path.",
+            )
+        if then.get("quantisation") != identity.get("quantisation") and not compare.is_allowed("model", self.allow):
+            raise RequestError(
+                "the base is not quantised as it was when this run was trained: other layers stay in 16 bits, or its precision is another.",
+                code="base-changed",
+                where="model.precision",
+                remedy="Put model.precision and model.keep_16bit back, or insist with --allow model.",
             )
         checkpoints.load(self.start, model, optimizer)
         self.say(f"resuming from step {self.start.step}: {self.start.path}")

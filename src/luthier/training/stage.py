@@ -139,7 +139,7 @@ def _as_begun(config: RunConfig, old: RunConfig) -> RunConfig:
     if config.adapter is None or config.adapter.start is None or old.adapter is None or not old.adapter.start:
         return config
     config = config.model_copy(deep=True)
-    for name in ("path", "revision", "precision", "template", "new_tokens"):
+    for name in ("path", "revision", "precision", "keep_16bit", "fp8", "template", "new_tokens"):
         if name not in config.model.model_fields_set or not getattr(config.model, name):
             setattr(config.model, name, getattr(old.model, name))
     assert config.adapter is not None
@@ -183,6 +183,10 @@ def _filled(config: RunConfig, found: Location, saved: dict[str, Any]) -> RunCon
             there = name != "template" or value in (None, "chatml") or Path(value).is_file()
             if not getattr(config.model, name) and there:
                 setattr(config.model, name, value)
+        if config.model.precision == stored.model.precision:
+            for name in ("keep_16bit", "fp8"):
+                if name not in config.model.model_fields_set:
+                    setattr(config.model, name, getattr(stored.model, name))
         config.train.max_length = config.train.max_length or stored.train.max_length
     return config
 
