@@ -33,7 +33,7 @@ def main(request_path):
     told = {"greedy": continued(model, *request["greedy"]) if request["greedy"] else []}
     file = Path(request["file"])
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    told["errors"] = replace_weights(model, read, request["weights"])
+    told["errors"], told["unread"] = replace_weights(model, read, request["weights"])
     tensors |= answers(model, request["ids"], "file")
     round_inputs(model, read, request["weights"])
     tensors |= answers(model, request["ids"], "rounded")
@@ -72,15 +72,16 @@ def continued(model, ids, count):
 
 
 def replace_weights(model, read, weights):
-    """Put the file's values into the model; returns the largest relative error of a weight by kind."""
+    """Put the file's values into the model; the largest relative error of a weight by kind, and weights it doesn't have."""
     import gguf
     import torch
 
-    errors = {}
+    errors, left = {}, set(weights)
     for name, weight in model.named_parameters():
         told = weights.get(plain(name))
         if told is None:
             continue
+        left.discard(plain(name))
         source, heads, plus = told
         tensor = read[source]
         values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float().reshape(weight.shape)
@@ -92,7 +93,7 @@ def replace_weights(model, read, weights):
         kind = tensor.tensor_type.name
         errors[kind] = max(errors.get(kind, 0.0), error)
         weight.copy_(values)
-    return errors
+    return errors, sorted(left)
 
 
 def round_inputs(model, read, weights):
