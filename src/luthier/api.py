@@ -172,9 +172,10 @@ def export(
     seed: int = 0,
     onto: str | None = None,
     quant: str | None = None,
+    packing: str | None = None,
     prove: bool = True,
 ) -> Exported:
-    """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast), ``adapter`` or ``gguf``.
+    """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast), ``adapter``, ``gguf`` or ``quantized``.
 
     Args:
         src: a run, RUN@best, a checkpoint, an adapter or a model folder; several adapters for a weighted sum.
@@ -188,7 +189,7 @@ def export(
     ]
     return export_folder(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
-        weights=weights, combine=combine, density=density, seed=seed, onto=onto, quant=quant, prove=prove,
+        weights=weights, combine=combine, density=density, seed=seed, onto=onto, quant=quant, packing=packing, prove=prove,
     )  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def _parser(verb: str) -> ArgumentParser:
             help="a run, RUN@best, a checkpoint, an adapter, a model folder, a GGUF file, or sharded weights",
         )
         add("target", metavar="DST", help="the folder to write; it must not exist, or be an unfinished export's")
-        add("--to", required=True, metavar="FORM", help="merged, transformers, adapter or gguf")
+        add("--to", required=True, metavar="FORM", help="merged, transformers, adapter, gguf or quantized")
         add("--base", metavar="PATH", help="the base under an adapter, or that sharded weights were trained from")
         add("--with", dest="others", action="append", default=[], metavar="PATH", help="a further adapter to merge in")
         add("--weights", metavar="W,W", help="a factor for each adapter, SRC's first (1 each)")
@@ -179,6 +179,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("--onto", metavar="VALUES", help="over a quantised base: trained (the values it saw) or original (--base)")
         add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
         add("--quant", metavar="KIND", help="with --to gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M (F16)")
+        add("--format", metavar="PACKING", help="with --to quantized: nf4, int8 or fp8 (nf4)")
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
         add("--no-proof", action="store_true", help="neither read the result back nor open it with plain libraries")
     if verb == "eval":
@@ -339,7 +340,7 @@ def _export(options: Namespace) -> int:
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
         base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
         weights=weights_of(options.weights), combine=options.combine, density=options.density, seed=options.seed,
-        onto=options.onto, quant=options.quant, prove=not options.no_proof,
+        onto=options.onto, quant=options.quant, packing=options.format, prove=not options.no_proof,
     )  # fmt: skip
     print(made)
     return 0

@@ -23,6 +23,7 @@ from luthier.export.gguf_source import export_from_gguf, gguf_file
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
+from luthier.export.quantised import export_quantised, form_of
 from luthier.export.read_back import check_written
 from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
@@ -30,7 +31,7 @@ from luthier.export.stream import WHOLE, Output, write_stream
 from luthier.export.to_gguf import export_gguf
 from luthier.export.unfinished import unfinished
 
-FORMS = ("merged", "transformers", "adapter", "gguf")
+FORMS = ("merged", "transformers", "adapter", "gguf", "quantized")
 ONTO = ("trained", "original")
 
 
@@ -79,6 +80,7 @@ def export_folder(
     seed: int = 0,
     onto: str | None = None,
     quant: str | None = None,
+    packing: str | None = None,
     prove: bool = True,
 ) -> Exported:
     """Export to ``merged``, ``transformers`` or ``adapter``.
@@ -113,6 +115,8 @@ def export_folder(
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
+    if to != "quantized" and packing is not None:
+        raise RequestError("--format is of the form quantized.", code="form", where="--format", remedy="Leave it out, or export --to quantized.")  # fmt: skip
     if to == "gguf" and (dtype or shard_size or weights is not None or combine or onto):
         raise RequestError("--dtype, --shard-size, --weights, --combine and --onto are not the form gguf's.", code="form", where="--to gguf", remedy="--quant says how it is packed; the file is one.")  # fmt: skip
     if to == "gguf" and len(inner) == 1:
@@ -122,9 +126,16 @@ def export_folder(
             return Exported(out / lora.file, to, lora.served(out), lora.proof)
         made = export_gguf(inner[0], out, quant=quant, prove=prove)
         return Exported(out / made.file, to, made.served(out), made.proof)
-    if (to == "transformers") == is_adapter[0] or (to == "merged" and not all(is_adapter)):
+    if to == "quantized" and not is_adapter[0]:
+        packed = form_of(packing)
+        notes = export_quantised(inner[0], out, form=packed, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+        opens = "vllm serve, or AutoModelForCausalLM.from_pretrained" if packed == "fp8" else "AutoModelForCausalLM.from_pretrained"  # fmt: skip
+        return Exported(out, to, opens, proof_line(out), tuple(notes))
+    if (to in ("transformers", "quantized")) == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
-        fitting = "merged or adapter" if is_adapter[0] else "transformers"
+        fitting = "merged, adapter or gguf" if is_adapter[0] else "transformers, gguf or quantized"
+        if is_adapter[0] and to == "quantized":
+            fitting = "merged first, and what comes of that to quantized"
         raise RequestError(f"{inner[0]} is {what}, which cannot be exported to {to}.", code="form", where="--to", remedy=f"Export it to {fitting}.")  # fmt: skip
     if weights is not None and len(weights) != len(inner):
         raise RequestError(f"there are {len(inner)} adapters and {len(weights)} weights.", code="form", where="--weights", remedy="Give one number an adapter.")  # fmt: skip

@@ -127,17 +127,17 @@ def open_whole(folder, request):
     if request["attention"]:
         options["attn_implementation"] = request["attention"]
     quantisation = request.get("quantisation")
+    if quantisation and quantisation["precision"] != "fp8":
+        options |= {
+            "quantization_config": bitsandbytes_config(quantisation, options["dtype"]),
+            "device_map": {"": request["device"]},
+        }
     if not (folder / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options), False
     from peft import PeftModel
 
     named = json.loads((folder / "adapter_config.json").read_text())
     base = request["base"] or named["base_model_name_or_path"]
-    if quantisation and quantisation["precision"] != "fp8":
-        options |= {
-            "quantization_config": bitsandbytes_config(quantisation, options["dtype"]),
-            "device_map": {"": request["device"]},
-        }
     model = AutoModelForCausalLM.from_pretrained(base, revision=named.get("revision") or "main", **options)
     if quantisation and quantisation["precision"] == "fp8":
         round_to_fp8(model, quantisation["skip"])

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -135,6 +137,39 @@ def prove_dequantised(source: Path) -> Callable[[Path], bytes]:
             ).to_bytes()
         says = f"{told}; what quantised layers round on the way is not known."
         return Proof("inconclusive", False, difference, bound, None, compared, says).to_bytes()
+
+    return prove
+
+
+def prove_quantised(source: Path, form: str, kept: Sequence[str], dtype: str) -> Callable[[Path], bytes]:
+    """A proof that a quantised folder is what its library makes of the source: plain transformers quantises that as it opens.
+
+    fp8 has no such way there, and quantises activations as it computes; its folder is opened and its distance said. How far
+    quantising moved the logits is measured and said of every form.
+    """
+
+    def prove(folder: Path) -> bytes:
+        if not _fits(source):
+            return _not_opened()
+        if form == "fp8" and find_spec("compressed_tensors") is None:
+            says = "compressed-tensors is not installed here, so the folder was not opened; its bytes are digested in luthier.json."
+            return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says).to_bytes()
+        probe = _probe(source, dtype)
+        found = plain_answers(folder, probe, tokenizer=False)
+        before = plain_answers(source, probe, tokenizer=False)
+        moved = largest_difference(before.logits, found.logits)
+        scale = max(float(tensor.abs().max()) for tensor in before.logits)
+        says = f"Quantising to {form} moves the logits by up to {moved:.3g} (they reach {scale:.3g})."
+        if form == "fp8":
+            compared = f"logits of {len(found.logits)} prompts with the source, both in {dtype}; cpu"
+            opened = f"opened by plain transformers with compressed-tensors. {says}"
+            verdict = Proof(
+                "passed" if moved < scale else "failed", moved < scale, moved, scale, None, compared, opened
+            )
+            return checked(verdict, folder)
+        asked = replace(probe, quantisation={"precision": form, "skip": list(kept)})
+        proof = compare(plain_answers(source, asked, tokenizer=False), found, device="cpu")
+        return checked(replace(proof, says=f"{proof.says} {says}", unquantised=moved), folder)
 
     return prove
 

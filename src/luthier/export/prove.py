@@ -52,7 +52,7 @@ class Probe:
     layered: bool = False
     """Layer by layer from the start; without, only where the model does not fit on the device."""
     quantisation: dict[str, Any] | None = None
-    """How the base under an adapter is quantised as it is opened: `precision`, and `skip`, the linear layers left in 16 bits."""
+    """How the base under an adapter, or a model alone, is quantised as it is opened: `precision`, and `skip`, the linear layers left in 16 bits."""
 
 
 @dataclass
