@@ -16,6 +16,7 @@ from luthier.errors import RequestError
 from luthier.export.source import SafetensorsSource, Source
 from luthier.export.stream import Output
 from luthier.export.unfinished import forget
+from luthier.report import serving
 
 WORDS = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -156,6 +157,8 @@ def publish_folder(
     Raises:
         LuthierError: the disk is full.
     """
+    if "README.md" not in late:
+        late = {**late, "README.md": serving.card(partial, out.name, late.get("proof.json")).encode()}
     files, digests = dict(manifest.files), list(manifest.digests)
     for name, data in late.items():
         with full_disk_named(out):

@@ -30,6 +30,7 @@ from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
 from luthier.export.to_gguf import export_gguf
 from luthier.export.unfinished import unfinished
+from luthier.report import serving
 
 FORMS = ("merged", "transformers", "adapter", "gguf", "quantized")
 ONTO = ("trained", "original")
@@ -48,8 +49,11 @@ class Exported:
     def __str__(self) -> str:
         proof = self.proof or "not proven"
         notes = "".join(f"\n- {note}" for note in self.notes)
-        opened = self.opens_with if self.kind == "gguf" else f"{self.opens_with}({str(self.path)!r})"
-        return f"{self.path}: {self.kind}; {proof}{notes}\nopen it: {opened}"
+        lines = [f"{self.path}: {self.kind}; {proof}{notes}"]
+        if self.kind == "gguf":
+            return "\n".join([*lines, f"open it: {self.opens_with}"])
+        lines += [f"open it: {self.opens_with}({str(self.path)!r})", "serve it:"]
+        return "\n".join([*lines, *(f"  {line}" for line in serving.commands(self.path))])
 
 
 def weights_of(text: str | None) -> list[float] | None:

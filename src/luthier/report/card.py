@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from luthier.report import text
+from luthier.report import serving, text
 from luthier.report.charts import smooth
 from luthier.report.run_files import RunFiles, read_run_files
 
@@ -61,6 +61,7 @@ def model_card(run: Path, *, kind: Literal["adapter", "model"], open_with: str, 
         _head(files, kind),
         f"# {_line(files.name)}\n\n{intro}" + (f" {_line(summary)}." if summary else ""),
         f"## How to open it\n\n{_fence(open_with, 'python')}",
+        _serving(Path(run) / "final" if final is None else final, files),
         _data(files),
         _results(files),
         _curve(files),
@@ -69,6 +70,14 @@ def model_card(run: Path, *, kind: Literal["adapter", "model"], open_with: str, 
         _lineage(files),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _serving(folder: Path, files: RunFiles) -> str:
+    """The commands of other tools; none where the folder isn't there."""
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        return ""
+    lines = serving.commands(folder, shown="FOLDER", base=_public(files.base) if files.base else "BASE")
+    return f"## How to serve it\n\n{_fence(chr(10).join(lines), 'sh')}"
 
 
 def _head(files: RunFiles, kind: str) -> str:
