@@ -95,10 +95,11 @@ class _Quantiser(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.passed = _Passed()
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes a number: how much of a GPU transformers reserves before it reads."""
-        return 0.5 if self.quantization_config.form == "nf4" else 1.0
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes a number: how much of a GPU transformers reserves before it reads, or it would be the 16-bit model's."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        return 0.5625 if self.quantization_config.form == "nf4" else 1.0
 
     def preprocess_model(self, model: PreTrainedModel, dtype: Any = None, **kwargs: Any) -> None:
         """Choose the layers; nothing on the model is changed."""
