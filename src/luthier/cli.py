@@ -331,9 +331,9 @@ def _prove(options: Namespace) -> int:
 def _export(options: Namespace) -> int:
     from pathlib import Path
 
-    from luthier.artifacts.ahead import read_ahead
+    from luthier.artifacts.ahead import read_for_export
 
-    read_ahead(Path(options.source), Path(options.base) if options.base else None)
+    read_for_export(Path(options.source), Path(options.base) if options.base else None)
     from luthier.export.forms import export_folder, weights_of
 
     made = export_folder(

@@ -1,7 +1,8 @@
-"""Reading weights into the page cache while Python is still importing what will use them.
+"""Bringing weights into the page cache before whoever needs them asks.
 
-Torch takes seconds to import, and the disk has nothing to do meanwhile. What is asked for here is only a wish: whoever
-reads the files later reads them as ever, finds what is wrong with them, and says so.
+Torch takes seconds to import, and mapped files are read page fault by page fault, never while something is computed; the disk
+has nothing to do meanwhile. What is done here is only a wish: whoever reads the files later reads them as ever, finds what is
+wrong with them, and says so.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from luthier.artifacts.files import available_memory, open_binary
 
 _STEP = 32 * 2**20
+_PIECE = 16 * 2**20
 _SHARE = 4  # of the memory that is available, a quarter at most
 
 
-def read_ahead(source: Path, base: Path | None) -> None:
+def read_for_export(source: Path, base: Path | None) -> None:
     """Ask the system for an artefact's weights, and those of the base under it, on a thread that ends by itself."""
     if hasattr(os, "posix_fadvise"):
         under = base or _named_base(source)
         folders = [source] if under is None else [under, source]
-        threading.Thread(target=_read, args=(folders,), name="read-ahead", daemon=True).start()
+        threading.Thread(target=_ask, args=(folders,), name="read-ahead", daemon=True).start()
 
 
 def _named_base(adapter: Path) -> Path | None:
@@ -33,7 +37,7 @@ def _named_base(adapter: Path) -> Path | None:
         return None
 
 
-def _read(folders: list[Path]) -> None:
+def _ask(folders: list[Path]) -> None:
     left = (available_memory() or 0) // _SHARE
     for path in [
         path for folder in folders for path in sorted(folder.glob("*.*")) if path.suffix in (".safetensors", ".distcp")
@@ -49,3 +53,31 @@ def _read(folders: list[Path]) -> None:
                 os.posix_fadvise(descriptor, at, min(_STEP, size - at), os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def read_ahead(files: Sequence[Path]) -> Iterator[None]:
+    """Read files in a thread, in their order, while the block runs; it stops when the block ends.
+
+    Nothing is done where memory has no room for them: what was read would be dropped again before it is used.
+    """
+    free = available_memory()
+    if free is None or sum(file.stat().st_size for file in files) > free * 3 // 4:
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_read, args=(files, ended), name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _read(files: Sequence[Path], ended: threading.Event) -> None:
+    buffer = bytearray(_PIECE)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while not ended.is_set() and file.readinto(buffer):
+                pass

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from luthier.artifacts.ahead import read_ahead
 from luthier.artifacts.gguf_header import GgufHeader, read_gguf_header
 from luthier.artifacts.templates import check_template
 from luthier.config.schema import ModelConfig
@@ -30,7 +31,6 @@ from luthier.models.coverage import check_coverage
 from luthier.models.gguf import gguf_config, open_gguf
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import dtype_of, form_of, resolve_precision
-from luthier.models.quantised.ahead import read_ahead
 from luthier.models.quantised.choose import Choice
 from luthier.models.quantised.layer import quantised_layers
 from luthier.models.quantised.loading import on_the_fly, quantise_model
