@@ -55,6 +55,12 @@ def _ask(folders: list[Path]) -> None:
             os.close(descriptor)
 
 
+def _weights(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".distcp", ".bin"))
+
+
 @contextmanager
 def read_ahead(files: Sequence[Path]) -> Iterator[None]:
     """Read files in a thread, in their order, while the block runs; it stops when the block ends.

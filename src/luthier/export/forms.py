@@ -113,8 +113,8 @@ def export_folder(
         opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
         return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
     if (file := gguf_file(sources[0])) is not None and to == "transformers" and len(sources) == 1:
-        export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
-        return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out))
+        said = export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+        return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out), tuple(said))
     inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
@@ -146,7 +146,7 @@ def export_folder(
     combination = combination_of(combine, density, seed)
     if combination is not None and len(inner) == 1:
         raise RequestError("there is one adapter, and nothing to combine it with.", code="combine", where="--combine", remedy="Name the others by --with.")  # fmt: skip
-    said: list[str] = []
+    said = []
     if to == "merged":
         chosen = _choose_base(inner[0], sources[0], base, onto)
         named, expected, proof = chosen.folder, chosen.fingerprint, None

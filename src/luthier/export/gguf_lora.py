@@ -7,7 +7,6 @@ goes through `--to merged`.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from luthier.export.gguf_file import GgufBytes, GgufTensor, plan_gguf
 from luthier.export.gguf_mix import QUANTS, quant_of
 from luthier.export.gguf_names import architecture_of, heads_of, names_in_gguf
 from luthier.export.gguf_proof import has_llama_cpp, prove_lora
+from luthier.export.read_back import check_written
 from luthier.export.source import open_source
 from luthier.export.stream import Output, write_stream
 from luthier.export.to_gguf import GgufMade, export_gguf, open_config
+from luthier.export.unfinished import unfinished
 
 DEFAULT_QUANT = "F32"
 
@@ -70,12 +71,15 @@ def export_gguf_lora(
             "adapter.lora.alpha": alpha,
         }
         packed = GgufBytes(adapter.source, tensors)
-        partial = publish.begin(out)
-        try:
+        with unfinished(out, [folder, base], ["gguf", name], made.notes.append) as (partial, journal):
             outputs = [Output(tensor.spec, packed, tensor.name) for tensor in tensors]
             small = {"Modelfile": adapter_modelfile(made.file, base).encode()}
             planned = [plan_gguf(made.file, metadata, tensors)]
-            written = write_stream(partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=planned)
+            written = write_stream(
+                partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=planned, journal=journal
+            )
+            if prove:
+                made.notes.append(check_written(partial, written.manifest))
             late = {"proof.json": _prove(folder, base, partial / made.file)} if prove else {}
             made.proof = verdict(late.get("proof.json"))
             late["README.md"] = adapter_card(made, folder, base, out.name).encode()
@@ -85,9 +89,6 @@ def export_gguf_lora(
                 | ({"fingerprint": expected_base} if expected_base else {}),
             ]
             folders.publish_folder(partial, out, written.manifest, {"parents": parents}, config=None, late=late)
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial)
     return made
 
 

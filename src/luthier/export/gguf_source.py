@@ -7,7 +7,6 @@ file must have a place in the model and every tensor of the model one in the fil
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from luthier.artifacts import fingerprint, publish
+from luthier.artifacts import fingerprint
 from luthier.artifacts.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from luthier.artifacts.identify import identify
 from luthier.artifacts.tensorfile import TensorSpec
@@ -27,8 +26,10 @@ from luthier.export.gguf_names import heads_of, names_in_gguf
 from luthier.export.gguf_proof import prove_gguf
 from luthier.export.lowrank import BLOCK
 from luthier.export.proofs import ROUNDING
+from luthier.export.read_back import check_written
 from luthier.export.source import Source
 from luthier.export.stream import Output, write_stream
+from luthier.export.unfinished import unfinished
 from luthier.models.gguf import DENSE, ROPE_FREQS, gguf_config
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.source import BaseSource
@@ -99,8 +100,8 @@ def gguf_file(path: Path) -> Path | None:
 
 def export_from_gguf(
     path: Path, out: Path, *, dtype: str | None = None, shard_bytes: int, prove: bool = True
-) -> Path:  # fmt: skip
-    """Dequantise a GGUF file into a transformers folder and publish it as ``out``.
+) -> list[str]:  # fmt: skip
+    """Dequantise a GGUF file into a transformers folder and publish it as ``out``; returns what should be known.
 
     Args:
         dtype: bf16, fp16 or fp32; the file's own where that is one of them, else bf16.
@@ -118,21 +119,19 @@ def export_from_gguf(
     source = GgufSource(path, header, config)
     outputs = [Output(TensorSpec(name, word, spec.shape), source, name) for name, spec in source.specs.items()]
     config.dtype = folders.DTYPES[word]
-    partial = publish.begin(out)
-    try:
+    said: list[str] = []
+    with unfinished(out, [path], ["from gguf", word, shard_bytes], said.append) as (partial, journal):
         small = _small(config, tokenizer)
-        written = write_stream(partial, outputs, small, stem="model", kind="model", metadata={"format": "pt"}, shard_bytes=shard_bytes)  # fmt: skip
+        written = write_stream(partial, outputs, small, stem="model", kind="model", metadata={"format": "pt"}, shard_bytes=shard_bytes, journal=journal)  # fmt: skip
         late = {}
         if prove:
+            said.append(check_written(partial, written.manifest))
             prover = prove_gguf(partial, config, tokenizer, source.changes, source.specs, coarse=ROUNDING[word])
             late["proof.json"] = prover(path)
         parent = {"kind": "gguf", "name": str(path.resolve()), "fingerprint": fingerprint.of_file(path)}
         told = {"parents": [parent], "notes": notes or None}
         folders.publish_folder(partial, out, written.manifest, told, config=config.to_diff_dict(), late=late)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-    return out
+    return said
 
 
 def _small(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:

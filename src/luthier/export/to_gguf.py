@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from luthier.artifacts import manifest as manifests
-from luthier.artifacts import publish
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
 from luthier.export.gguf_card import card, modelfile, verdict
@@ -20,8 +18,10 @@ from luthier.export.gguf_mix import QUANTS, mix, quant_of
 from luthier.export.gguf_names import plan_model, weights_in_gguf
 from luthier.export.gguf_proof import prove_gguf
 from luthier.export.gguf_tokenizer import open_tokenizer, stop_ids, tokenizer_metadata
+from luthier.export.read_back import check_written
 from luthier.export.source import open_source
 from luthier.export.stream import Output, write_stream
+from luthier.export.unfinished import unfinished
 
 DEFAULT_QUANT = "F16"
 
@@ -91,11 +91,14 @@ def export_gguf(
         }
         file = plan_gguf(made.file, metadata, tensors)
         packed = GgufBytes(source, tensors)
-        partial = publish.begin(out)
-        try:
+        with unfinished(out, [folder], ["gguf", name], made.notes.append) as (partial, journal):
             outputs = [Output(tensor.spec, packed, tensor.name) for tensor in tensors]
             small = {"Modelfile": modelfile(made.file, tokenizer, stops).encode()}
-            written = write_stream(partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=[file])
+            written = write_stream(
+                partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=[file], journal=journal
+            )
+            if prove:
+                made.notes.append(check_written(partial, written.manifest))
             prover = prove_gguf(
                 folder, config, tokenizer, weights_in_gguf(plan, config.get_text_config()), source.specs
             )
@@ -103,9 +106,6 @@ def export_gguf(
             made.proof = verdict(late.get("proof.json"))
             late["README.md"] = card(made, folder, out.name, late.get("proof.json")).encode()
             folders.publish_folder(partial, out, written.manifest, _facts(folder), config=None, late=late)
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial)
     return made
 
 
