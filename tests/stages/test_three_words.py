@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import FrodConfig, IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from stages_harness import Home, logits
 from tiny import make_llama, make_qwen3_moe
@@ -134,18 +134,20 @@ def test_only_what_the_stream_has_no_formula_for_is_merged_by_peft(home, tmp_pat
     opened = []
     in_memory = base_folder._merge_in_memory
     monkeypatch.setattr(base_folder, "_merge_in_memory", lambda *given: (opened.append(given[0].parent.name), in_memory(*given)))  # fmt: skip
-    lora, ia3 = foreign(home, tmp_path / "lora"), tmp_path / "ia3"
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(home.folder / "base"), IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]))  # fmt: skip
-    for name, weight in model.named_parameters():
-        if "ia3" in name:
-            torch.nn.init.normal_(weight, 1.0, 0.1)
-    model.save_pretrained(ia3)
-    for folder in (lora, ia3):
+    lora, ia3, frod = foreign(home, tmp_path / "lora"), tmp_path / "ia3", tmp_path / "frod"
+    for folder, config in ((ia3, IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])),
+                           (frod, FrodConfig(task_type="CAUSAL_LM", target_modules=["k_proj"]))):  # fmt: skip
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(home.folder / "base"), config)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, 1.0, 0.1)
+        model.save_pretrained(folder)
+    for folder in (lora, ia3, frod):
         run = home.stage(f"by-{folder.name}", str(folder), "merge", adapter={"r": 2}, **still())
         assert (logits(run / "base") - logits(folder)).abs().max() < 2e-5
         told = manifests.read(run / "base")
         assert told.kind == "merged" and told.facts["new_token_ids"] == []
-    assert opened == ["by-ia3"]
+    assert opened == ["by-frod"]
 
 
 @pytest.mark.slow
