@@ -87,7 +87,7 @@ def wanted(base, added):
 def test_adapter_on_single_experts_gives_its_logits_and_trains(bases, tmp_path, kind, settings):
     added = write_adapter(tmp_path / "a", bases[kind], kind, **settings)
     expected = wanted(bases[kind], added)
-    model, tokenizer = luthier.load(tmp_path / "a", device="cpu")
+    model, _ = luthier.load(tmp_path / "a", device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, expected, atol=2e-5, rtol=1e-5)
     assert not torch.allclose(expected, AutoModelForCausalLM.from_pretrained(bases[kind])(IDS).logits, atol=1e-2)
@@ -95,10 +95,15 @@ def test_adapter_on_single_experts_gives_its_logits_and_trains(bases, tmp_path, 
     model, _ = luthier.load(tmp_path / "a", device="cpu", trainable=True)
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "experts" in n)
-    luthier.save(model.eval(), tmp_path / "saved", tokenizer=tokenizer)
+
+
+def test_saved_again_it_is_of_the_fused_form_that_plain_peft_opens(bases, tmp_path):
+    added = write_adapter(tmp_path / "a", bases["mixtral"], "mixtral", (0, 1, 2))
+    model, tokenizer = luthier.load(tmp_path / "a", device="cpu")
+    luthier.save(model, tmp_path / "saved", tokenizer=tokenizer)
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
-        torch.testing.assert_close(plain(IDS).logits, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(plain(IDS).logits, wanted(bases["mixtral"], added), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "mixtral"])

@@ -42,7 +42,7 @@ def test_what_vllm_cannot_take_is_merged_first_and_the_reason_said(tmp_path, set
 
 
 def test_card_of_an_adapter_names_no_path_of_this_machine(tmp_path):
-    card = serving.card(adapter(tmp_path), "mine", b'{"verdict": "passed", "says": "equal bits."}')
+    card = serving.card(adapter(tmp_path), b'{"verdict": "passed", "says": "equal bits."}')
     assert "/machine" not in card and str(tmp_path) not in card
     assert "library_name: peft" in card and "equal bits" in card and "vllm serve BASE" in card
 

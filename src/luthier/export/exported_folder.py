@@ -157,8 +157,8 @@ def publish_folder(
     Raises:
         LuthierError: the disk is full.
     """
-    if "README.md" not in late:
-        late = {**late, "README.md": serving.card(partial, out.name, late.get("proof.json")).encode()}
+    if "README.md" not in late and "README.md" not in manifest.files:
+        late = {**late, "README.md": serving.card(partial, late.get("proof.json")).encode()}
     files, digests = dict(manifest.files), list(manifest.digests)
     for name, data in late.items():
         with full_disk_named(out):

@@ -22,22 +22,22 @@ _BARS_VLLM = {
 }
 
 
-def card(folder: Path, name: str, proof: bytes | None) -> str:
+def card(folder: Path, proof: bytes | None) -> str:
     """The README.md of an exported folder: what it is, what was proven, how it is served.
 
     Args:
-        folder: where its files lie while it has not yet got its name.
+        folder: where its files lie while it has not yet got its name, which the card leaves out: folders are renamed and copied.
         proof: the content of its ``proof.json``, if it was proven.
     """
     adapter, config = _json(folder / "adapter_config.json"), _json(folder / "config.json")
-    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "---", "", f"# {name}", ""]
     what = "adapter" if adapter else "model"
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "---", "", f"# Exported {what}", ""]
     method = (config.get("quantization_config") or {}).get("quant_method")
     kind = str(adapter.get("peft_type") or (config.get("architectures") or ["model"])[0])
     head.append(f"{what.capitalize()} ({kind}{f', quantised for {method}' if method else ''}), written by Luthier.")
     told = json.loads(proof) if proof else None
     said = f"Proof: {told['verdict']}: {told['says']}" if told else "It was not proven."
-    lines = commands(folder, shown=name, base="BASE")
+    lines = commands(folder, shown="FOLDER", base="BASE")
     return "\n".join([*head, "", "## How to serve it", "", "```sh", *lines, "```", "", said]) + "\n"
 
 
