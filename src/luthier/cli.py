@@ -29,7 +29,7 @@ VERBS = {
     "prove": ("PATH --against SRC", "open both with plain libraries and compare logits"),
     "export": (
         "SRC DST --to FORM",
-        "write another form: merged, transformers (re-shard, cast), adapter or gguf; streams; proves",
+        "write another form: merged, transformers, adapter, gguf or quantized; streams; proves",
     ),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
     "mend": ("SRC DST [--base PATH]", "write a repaired copy where the remedy is certain"),

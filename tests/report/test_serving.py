@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -17,7 +18,7 @@ def adapter(folder, **settings):
 
 @pytest.mark.parametrize(
     ("settings", "rank"),
-    [({}, 16), ({"r": 12}, 16), ({"r": 4, "rank_pattern": {"k_proj": 100}}, 128), ({"use_rslora": True}, 16)],
+    [({}, 16), ({"r": 12}, 16), ({"r": 100}, 128), ({"use_rslora": True}, 16)],
 )
 def test_lora_is_served_by_vllm_beside_its_base_with_room_for_its_rank(tmp_path, settings, rank):
     lines = serving.commands(adapter(tmp_path, **settings), shown="mine", base="owner/base")
@@ -31,6 +32,9 @@ def test_lora_is_served_by_vllm_beside_its_base_with_room_for_its_rank(tmp_path,
         ({"modules_to_save": ["lm_head"]}, "modules trained whole"),
         ({"peft_type": "IA3", "r": None}, "IA3"),
         ({"r": 1024}, "rank 1024"),
+        ({"rank_pattern": {"k_proj": 100}}, "ranks of their own"),
+        ({"alpha_pattern": {"k_proj": 100}}, "factors of their own"),
+        ({"bias": "lora_only"}, "biases"),
         ({"trainable_token_indices": [3]}, "trained token rows"),
     ],
 )
@@ -51,3 +55,11 @@ def test_model_quantised_already_is_not_sent_to_gguf(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
     lines = serving.commands(tmp_path, shown="mine")
     assert any(line.startswith("vllm serve mine") for line in lines) and not any("gguf" in line for line in lines)
+
+
+def test_path_with_a_space_or_a_quote_stays_one_word_of_the_shell(tmp_path):
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    for line in serving.commands(adapter(folder)):
+        words = shlex.split(line, comments=True)
+        assert any(word.rpartition("=")[2] == str(folder) for word in words), line

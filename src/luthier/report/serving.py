@@ -1,7 +1,8 @@
 """The exact commands that serve a folder: plain transformers, vLLM, llama.cpp and Ollama, and the upload to the hub.
 
 What a server can take is read off the folder's own config files, so that no command is shown that would fail. vLLM takes
-LoRA alone, of ranks up to 512, on linear layers: other methods, DoRA, modules trained whole and new token rows are merged first
+LoRA alone, of one rank up to 512 and one factor, on linear layers: other methods, DoRA, rank patterns, modules trained whole and new token rows are
+merged first
 (https://docs.vllm.ai/en/stable/features/lora.html).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,16 @@ _BARS_VLLM = {
     "trainable_token_indices": "trained token rows",
     "lora_bias": "biases in the adapter",
     "target_parameters": "experts trained as parameters",
+    "rank_pattern": "ranks of their own in some layers",  # its one factor, alpha / r, would be wrong there, without a word
+    "alpha_pattern": "factors of their own in some layers",
+    "use_qalora": "QALoRA",
+    "layer_replication": "replicated layers",
+    "alora_invocation_tokens": "aLoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
 }
 
 
@@ -50,12 +62,12 @@ def commands(folder: Path, shown: str | None = None, base: str | None = None) ->
         base: what the base under an adapter is called; what the adapter's config names if None. A card that travels with the
             folder shows no paths of this machine.
     """
-    name = shown or str(folder)
+    name = shlex.quote(shown or str(folder))
     adapter = _json(folder / "adapter_config.json")
     if adapter:
-        return _adapter(adapter, name, base or str(adapter.get("base_model_name_or_path") or "BASE"))
+        return _adapter(adapter, name, shlex.quote(base or str(adapter.get("base_model_name_or_path") or "BASE")))
     config = _json(folder / "config.json")
-    lines = [f"python -c \"from transformers import pipeline; print(pipeline('text-generation', {name!r})('Hello'))\""]
+    lines = [_python("from transformers import pipeline as p; print(p('text-generation', sys.argv[1])('Hello'))", name)]
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method == "bitsandbytes":
         lines.append(f"vllm serve {name}   # needs bitsandbytes beside vLLM")
@@ -67,9 +79,11 @@ def commands(folder: Path, shown: str | None = None, base: str | None = None) ->
 
 
 def _adapter(config: dict[str, Any], name: str, base: str) -> list[str]:
-    lines = [f'python -c "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({name!r})"']
+    lines = [_python("from peft import AutoPeftModelForCausalLM as A; A.from_pretrained(sys.argv[1])", name)]
     bars = [what for key, what in _BARS_VLLM.items() if config.get(key)]
-    kind, rank = str(config.get("peft_type", "")).upper(), _largest_rank(config)
+    if config.get("bias", "none") != "none":
+        bars.append("trained biases")
+    kind, rank = str(config.get("peft_type", "")).upper(), config["r"] if isinstance(config.get("r"), int) else 0
     if kind != "LORA":
         bars.insert(0, f"{kind or 'this method'}")
     if rank > VLLM_RANKS[-1]:
@@ -81,16 +95,16 @@ def _adapter(config: dict[str, Any], name: str, base: str) -> list[str]:
         lines.append("vllm serve MERGED")
     else:
         fits = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
-        alias = re.sub(r"[^\w.-]+", "-", Path(name).name) or "adapter"
+        alias = re.sub(r"[^\w.-]+", "-", Path(name.strip("'")).name) or "adapter"
         lines.append(f"vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules {alias}={name}")
     if kind == "LORA" and not bars:
         lines.append(f"luthier export {name} OUT --to gguf   # an adapter for llama.cpp's --lora")
     return [*lines, _push(name)]
 
 
-def _largest_rank(config: dict[str, Any]) -> int:
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
+def _python(code: str, name: str) -> str:
+    """The path is an argument, so that no quote in it ends the code."""
+    return f'python -c "import sys; {code}" {name}'
 
 
 def _push(name: str) -> str:
