@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from processes import timed
 
 SIZES = {"tiny": (1, 256, 512, 1000), "small": (4, 2048, 5632, 32000), "1b": (16, 2048, 8192, 32000), "3b": (28, 3072, 8192, 128256)}  # fmt: skip
 PEFT = (
@@ -69,28 +68,6 @@ def make(folder: Path, layers: int, hidden: int, inner: int, vocab: int) -> None
     told = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": list(shapes), "base_model_name_or_path": str(base)}  # fmt: skip
     (folder / "adapter/adapter_config.json").write_text(json.dumps(told))
     os.sync()
-
-
-def forget(folder: Path) -> None:
-    for path in folder.rglob("*.safetensors"):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def timed(command: list[str], folder: Path, out: Path) -> tuple[float, float]:
-    """Seconds, and the peak of RssAnon in MiB."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    forget(folder)
-    begun, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
-        time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"{command[0]} … ended with {process.returncode}")
-    return time.perf_counter() - begun, peak / 1024
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from processes import timed
 
 SIZES = {"tiny": (1, 256, 512, 1000), "small": (4, 2048, 5632, 32000), "1b": (16, 2048, 8192, 32000), "3b": (28, 3072, 8192, 128256)}  # fmt: skip
 RANKS = 4
@@ -111,31 +111,6 @@ def make(folder: Path, size: tuple[int, int, int, int], forms: tuple[str, ...]) 
             port = free.getsockname()[1]
         mp.spawn(save, (folder / form, size, port, form), nprocs=RANKS)
     os.sync()
-
-
-def forget(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def timed(command: list[str], folder: Path, out: Path | None) -> tuple[float, float]:
-    """Seconds, and the peak of RssAnon in MiB; ``out`` is removed before."""
-    if out is not None:
-        shutil.rmtree(out, ignore_errors=True)
-        out.unlink(missing_ok=True)
-    os.sync()
-    forget(folder)
-    begun, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
-        time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)[:200]} … ended with {process.returncode}")
-    return time.perf_counter() - begun, peak / 1024
 
 
 def measure(folder: Path, turns: int, with_torch: bool) -> dict[str, object]:

@@ -200,3 +200,30 @@ def test_failed_write_back_is_never_lost_with_the_thread_that_was_told(base, ada
     with pytest.raises(OSError, match="Input/output error"):
         merge_folders(base, adapter, tmp_path / "out")
     assert told and not (tmp_path / "out").exists()
+
+
+VERB = """
+import sys
+from luthier.cli import main
+assert main(sys.argv[1:]) == 0
+heavy = {"transformers", "peft", "torch.distributed.tensor"} & set(sys.modules)
+assert not heavy, f"the verb imported {heavy}, which takes longer than a merge"
+"""
+
+
+@pytest.mark.parametrize("form", ["merged", "transformers", "adapter"])
+def test_verb_that_only_streams_imports_no_library_that_opens_models(base, adapter, tmp_path, form):
+    source = base if form == "transformers" else adapter
+    done = subprocess.run([sys.executable, "-c", VERB, "export", str(source), str(tmp_path / "out"), "--to", form, "--no-proof"], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("form", "flag", "value"),
+    [("transformers", "onto", "trained"), ("adapter", "shard_size", "1GB"), ("gguf", "dtype", "bf16"), ("quantized", "combine", "ties"),
+     ("merged", "quant", "F16"), ("transformers", "packing", "nf4"), ("quantized", "weights", [1.0])],
+)  # fmt: skip
+def test_flag_that_means_nothing_for_a_form_is_refused_and_says_where_it_does(base, tmp_path, form, flag, value):
+    with pytest.raises(luthier.RequestError, match=f"not for the form {form}") as refusal:
+        luthier.export(base, tmp_path / "out", to=form, **{flag: value})
+    assert refusal.value.code == "form" and "--to" in (refusal.value.remedy or "")

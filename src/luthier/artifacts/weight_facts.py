@@ -10,6 +10,7 @@ from typing import Any
 from luthier.artifacts.names import ADAPTER_PARTS, of_adapter
 from luthier.artifacts.tensorfile import TensorSpec
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 PRECISIONS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8"}
 # What bitsandbytes keeps beside its codes: scales and tables, no parameters of the model.
 _BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_format")
@@ -36,6 +37,15 @@ def precision_of(specs: Iterable[TensorSpec], config: dict[str, Any]) -> str | N
         sizes[spec.dtype] += math.prod(spec.shape)
     widest = sizes.most_common(1)[0][0] if sizes else None
     return PRECISIONS.get(widest, widest.lower()) if widest else None
+
+
+def main_float(specs: Iterable[TensorSpec]) -> str:
+    """safetensors' word for the floating dtype that most bytes are in; ``F32`` where there is none."""
+    sizes: Counter[str] = Counter()
+    for spec in specs:
+        if spec.dtype in _FLOATS:
+            sizes[spec.dtype] += spec.size
+    return sizes.most_common(1)[0][0] if sizes else "F32"
 
 
 def quantisation(config: dict[str, Any]) -> str | None:

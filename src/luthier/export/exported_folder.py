@@ -12,6 +12,7 @@ from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.files import full_disk_named, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_file, digest_of, stretches, versions
+from luthier.artifacts.weight_facts import main_float
 from luthier.errors import RequestError
 from luthier.export.source import SafetensorsSource, Source
 from luthier.export.stream import Output
@@ -70,10 +71,7 @@ def changed_config(
 ) -> dict[str, Any]:
     """The config as it was, with the dtype that most weights have now, and what else changed about them."""
     changed = dict(config)
-    counts: dict[str, int] = {}
-    for output in outputs:
-        counts[output.spec.dtype] = counts.get(output.spec.dtype, 0) + output.spec.size
-    dtype = DTYPES.get(max(counts, key=lambda word: counts[word]), "float32")
+    dtype = DTYPES.get(main_float(output.spec for output in outputs), "float32")
     for key in ("torch_dtype", "quantization_config"):  # what is written is never quantised, whatever it was read from
         changed.pop(key, None)
     changed["dtype"] = dtype

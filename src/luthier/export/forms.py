@@ -18,21 +18,23 @@ from luthier.export import exported_folder as folders
 from luthier.export.bare import export_bare
 from luthier.export.combine import combination_of
 from luthier.export.dequantise import dequantised
-from luthier.export.gguf_lora import export_gguf_lora
-from luthier.export.gguf_source import export_from_gguf, gguf_file
 from luthier.export.merge import merge_folders
 from luthier.export.merge_plan import FLOATS
 from luthier.export.proofs import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
-from luthier.export.quantised import export_quantised, form_of
 from luthier.export.read_back import check_written
 from luthier.export.sharded_source import bare_weights
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
-from luthier.export.to_gguf import export_gguf
 from luthier.export.unfinished import unfinished
 from luthier.report import serving
 
-FORMS = ("merged", "transformers", "adapter", "gguf", "quantized")
+FORMS = {  # and the flags that mean something there, beside --base, --with, --seed and --no-proof
+    "merged": ("--dtype", "--shard-size", "--weights", "--combine", "--density", "--onto"),
+    "transformers": ("--dtype", "--shard-size"),
+    "adapter": ("--dtype",),
+    "gguf": ("--quant",),
+    "quantized": ("--dtype", "--shard-size", "--format"),
+}
 ONTO = ("trained", "original")
 
 
@@ -103,38 +105,33 @@ def export_folder(
         RequestError: the form is unknown or does not go with what is there, or ``out`` exists.
         ArtifactError: a source is damaged or does not fit, or the proof failed.
     """
-    if quant is not None and to != "gguf":
-        raise RequestError("--quant is the form gguf's.", code="form", where="--quant", remedy="Leave it out, or export --to gguf.")  # fmt: skip
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
+    given = {"--dtype": dtype, "--shard-size": shard_size, "--weights": weights, "--combine": combine, "--density": density, "--onto": onto, "--quant": quant, "--format": packing}  # fmt: skip
+    strange = [flag for flag, value in given.items() if value is not None and flag not in FORMS[to]]
+    if strange:
+        fitting = " or ".join(form for form, flags in FORMS.items() if strange[0] in flags)
+        instead = " --quant says how the one file is packed." if to == "gguf" else ""
+        raise RequestError(f"{strange[0]} is not for the form {to}.", code="form", where=strange[0], remedy=f"Leave it out, or export --to {fitting}.{instead}")  # fmt: skip
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
     bare = bare_weights(sources[0]) if to == "transformers" and len(sources) == 1 else None
     if bare is not None:
         opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
         return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
-    if (file := gguf_file(sources[0])) is not None and to == "transformers" and len(sources) == 1:
+    if (file := _gguf_file(sources[0])) is not None and to == "transformers" and len(sources) == 1:
+        from luthier.export.gguf_source import export_from_gguf
+
         said = export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
         return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out), tuple(said))
     inner = [weights_folder(source) for source in sources]
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
-    if to != "quantized" and packing is not None:
-        raise RequestError("--format is of the form quantized.", code="form", where="--format", remedy="Leave it out, or export --to quantized.")  # fmt: skip
-    if to == "gguf" and (dtype or shard_size or weights is not None or combine or onto):
-        raise RequestError("--dtype, --shard-size, --weights, --combine and --onto are not the form gguf's.", code="form", where="--to gguf", remedy="--quant says how it is packed; the file is one.")  # fmt: skip
-    if to == "gguf" and len(inner) == 1:
-        if is_adapter[0]:
-            under, known = (base, None) if base is not None else base_of(inner[0], sources[0])
-            lora = export_gguf_lora(inner[0], under, out, quant=quant, expected_base=known, prove=prove)
-            return Exported(out / lora.file, to, lora.served(out), lora.proof)
-        made = export_gguf(inner[0], out, quant=quant, prove=prove)
-        return Exported(out / made.file, to, made.served(out), made.proof)
+    if to == "gguf":
+        under, known = base_of(inner[0], sources[0]) if is_adapter[0] and base is None else (base, None)
+        return _to_gguf(inner[0], under if is_adapter[0] else None, known, out, quant, prove)
     if to == "quantized" and not is_adapter[0]:
-        packed = form_of(packing)
-        notes = export_quantised(inner[0], out, form=packed, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
-        opens = "vllm serve, or AutoModelForCausalLM.from_pretrained" if packed == "fp8" else "AutoModelForCausalLM.from_pretrained"  # fmt: skip
-        return Exported(out, to, opens, proof_line(out), tuple(notes))
+        return _to_quantised(inner[0], out, packing, dtype, shard_bytes, prove)
     if (to in ("transformers", "quantized")) == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged, adapter or gguf" if is_adapter[0] else "transformers, gguf or quantized"
@@ -148,6 +145,7 @@ def export_folder(
         raise RequestError("there is one adapter, and nothing to combine it with.", code="combine", where="--combine", remedy="Name the others by --with.")  # fmt: skip
     said = []
     if to == "merged":
+        said += _quantised_in_training(inner[0])
         chosen = _choose_base(inner[0], sources[0], base, onto)
         named, expected, proof = chosen.folder, chosen.fingerprint, None
         if prove and len(inner) == 1 and weights is None:
@@ -162,6 +160,37 @@ def export_folder(
         said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
     return Exported(out, to, opens, proof_line(out), tuple(said))
+
+
+def _to_gguf(folder: Path, base: Path | None, known: str | None, out: Path, quant: str | None, prove: bool) -> Exported:
+    """A model's file, or with its base an adapter's; what transformers is needed for is imported here, not by other forms."""
+    from luthier.export.gguf_lora import export_gguf_lora
+    from luthier.export.to_gguf import export_gguf
+
+    if base is not None:
+        made = export_gguf_lora(folder, base, out, quant=quant, expected_base=known, prove=prove)
+    else:
+        made = export_gguf(folder, out, quant=quant, prove=prove)
+    return Exported(out / made.file, "gguf", made.served(out), made.proof)
+
+
+def _to_quantised(
+    folder: Path, out: Path, packing: str | None, dtype: str | None, shard_bytes: int, prove: bool
+) -> Exported:
+    from luthier.export.quantised import export_quantised, form_of
+
+    form = form_of(packing)
+    notes = export_quantised(folder, out, form=form, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+    opens = "AutoModelForCausalLM.from_pretrained"
+    return Exported(out, "quantized", f"vllm serve, or {opens}" if form == "fp8" else opens, proof_line(out), tuple(notes))  # fmt: skip
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file of a model that a path means: itself, or the only one in a folder of them."""
+    if not path.exists() or artifacts.identify(path).kind != "gguf":
+        return None
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
 
 
 def proof_line(out: Path) -> str | None:
@@ -205,6 +234,19 @@ def _choose_base(adapter: Path, source: Path, base: Path | None, onto: str | Non
     if base is None:
         raise _no_original(seen)
     return _Chosen(base, None, "original", live=seen, other=seen)
+
+
+def _quantised_in_training(adapter: Path) -> list[str]:
+    """What a base that was quantised only while it was read leaves to be said: files hold the 16-bit values."""
+    home = adapter if (adapter / manifests.NAME).is_file() else adapter.parent
+    facts = manifests.read(home).facts if (home / manifests.NAME).is_file() else {}
+    told = (facts.get("base") or {}).get("quantisation")
+    if not told:
+        return []
+    return [
+        f"the adapter was trained on its base in {told['precision']} and is merged into the weights as they were before "
+        "quantising: the merged model's logits differ from the trained ones by what quantising moves"
+    ]
 
 
 def _is_quantised(folder: Path) -> bool:

@@ -71,7 +71,7 @@ def export_gguf_lora(
             "adapter.lora.alpha": alpha,
         }
         packed = GgufBytes(adapter.source, tensors)
-        with unfinished(out, [folder, base], ["gguf", name], made.notes.append) as (partial, journal):
+        with unfinished(out, [folder, base], ["gguf", name], made.said.append) as (partial, journal):
             outputs = [Output(tensor.spec, packed, tensor.name) for tensor in tensors]
             small = {"Modelfile": adapter_modelfile(made.file, base).encode()}
             planned = [plan_gguf(made.file, metadata, tensors)]
@@ -79,7 +79,7 @@ def export_gguf_lora(
                 partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=planned, journal=journal
             )
             if prove:
-                made.notes.append(check_written(partial, written.manifest))
+                made.said.append(check_written(partial, written.manifest))
             late = {"proof.json": _prove(folder, base, partial / made.file)} if prove else {}
             made.proof = verdict(late.get("proof.json"))
             late["README.md"] = adapter_card(made, folder, base, out.name).encode()

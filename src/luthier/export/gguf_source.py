@@ -18,7 +18,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from luthier.artifacts import fingerprint
 from luthier.artifacts.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from luthier.artifacts.identify import identify
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
@@ -88,14 +87,6 @@ class GgufSource(Source):
         packed = self._data[tensor.offset + low * size : tensor.offset + high * size].reshape(high - low, size)
         values = gguf.dequantize(packed, tensor.kind).astype(numpy.float32, copy=True)
         return torch.from_numpy(values).view(high - low, tensor.shape[-1])
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The GGUF file of a model that a path means: itself, or the only one in a folder of them."""
-    if not path.exists() or identify(path).kind != "gguf":
-        return None
-    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
 
 
 def export_from_gguf(

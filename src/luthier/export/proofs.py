@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from luthier.artifacts.tensorfile import read_header
+from luthier.artifacts.weight_facts import main_float
 from luthier.errors import ArtifactError
 from luthier.export.prove import (
     MARGIN,
@@ -226,11 +227,7 @@ def _ids(folder: Path) -> list[list[int]]:
 
 
 def _main_dtype(folder: Path) -> str:
-    sizes: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
-        for place in read_header(path)[0].values():
-            sizes[place.spec.dtype] = sizes.get(place.spec.dtype, 0) + place.spec.size
-    return max((word for word in sizes if word in ROUNDING), key=lambda word: sizes[word], default="F32")
+    return main_float(place.spec for path in folder.glob("*.safetensors") for place in read_header(path)[0].values())
 
 
 def _fits(folder: Path) -> bool:

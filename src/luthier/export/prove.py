@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from luthier.artifacts.names import of_layer
 from luthier.errors import ArtifactError
@@ -109,6 +108,8 @@ def _quantisation(base: nn.Module) -> dict[str, Any] | None:
     layers = quantised_layers(base)
     if not layers:
         return None
+    from transformers.pytorch_utils import Conv1D
+
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     skip = sorted({of_layer(name) for name in linear if ".lora_" not in name})
     return {"precision": layers[0].form, "skip": skip}

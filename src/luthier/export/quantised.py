@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from luthier.artifacts.tensorfile import TensorSpec
+from luthier.artifacts.weight_facts import main_float
 from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
@@ -37,7 +38,6 @@ from luthier.models.quantised.formats import BLOCK, FORMS, Form, code_bytes, qua
 
 AT_ONCE = 1 << 22  # elements read and packed at a time
 _STATE = "weight.quant_state.bitsandbytes__nf4"
-_WORDS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def form_of(text: str | None) -> Form:
@@ -89,7 +89,7 @@ def export_quantised(
         packed = Packing(files, choice.quantised, form, word)
         outputs = [Output(spec, packed, name) for name, spec in packed.specs.items()]
         small = folders.companions([folder])
-        changed = {**config, "dtype": _WORDS.get(word or _main_float(files), "bfloat16")}
+        changed = {**config, "dtype": folders.DTYPES.get(word or main_float(files.specs.values()), "float32")}
         changed.pop("torch_dtype", None)
         kept = sorted(choice.kept) + sorted(_unfit(model, choice.quantised, choice.kept))
         changed["quantization_config"] = settings(form, kept, changed["dtype"])
@@ -142,14 +142,6 @@ def settings(form: Form, kept: Sequence[str], dtype: str) -> dict[str, Any]:
     }
 
 
-def _main_float(source: Source) -> str:
-    sizes: dict[str, int] = {}
-    for spec in source.specs.values():
-        if spec.dtype in _WORDS:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.size
-    return max(sizes, key=lambda word: sizes[word], default="BF16")
-
-
 def _unfit(model: Any, quantised: frozenset[str], kept: Sequence[str]) -> set[str]:
     """Linear layers that are neither packed nor kept on purpose; the config must name them too."""
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -187,7 +179,7 @@ class Packing(Source):
         codes = _Part(name, "codes", code_bytes(columns, form))
         scales = _Part(name, "scales", scale_bytes(columns, form))
         if form == "nf4":
-            told = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": _WORDS[self._word or spec.dtype], "shape": [rows, columns]}  # fmt: skip
+            told = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": folders.DTYPES[self._word or spec.dtype], "shape": [rows, columns]}  # fmt: skip
             parts = {
                 TensorSpec(name, "U8", (rows * columns // 2, 1)): codes,
                 TensorSpec(f"{name}.absmax", "F32", (rows * columns // BLOCK,)): scales,

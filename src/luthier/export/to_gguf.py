@@ -28,12 +28,13 @@ DEFAULT_QUANT = "F16"
 
 @dataclass
 class GgufMade:
-    """What was written: the file's name, its quantisation, and what its reader should know."""
+    """What was written: the file's name, its quantisation, what its reader should know, and what is said of this export alone."""
 
     file: str
     quant: str
     notes: list[str] = field(default_factory=list)
     proof: str | None = None
+    said: list[str] = field(default_factory=list)
 
     def served(self, out: Path) -> str:
         """The commands that serve it, and what to know."""
@@ -42,7 +43,7 @@ class GgufMade:
         lines.append(
             f"ollama create {out.name.lower()} -f {out / 'Modelfile'}{'   # after its FROM names the base' if adapter else ''}"
         )
-        return "\n".join([*lines, *(f"to know: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"to know: {note}" for note in self.notes), *self.said])
 
 
 def export_gguf(
@@ -91,14 +92,14 @@ def export_gguf(
         }
         file = plan_gguf(made.file, metadata, tensors)
         packed = GgufBytes(source, tensors)
-        with unfinished(out, [folder], ["gguf", name], made.notes.append) as (partial, journal):
+        with unfinished(out, [folder], ["gguf", name], made.said.append) as (partial, journal):
             outputs = [Output(tensor.spec, packed, tensor.name) for tensor in tensors]
             small = {"Modelfile": modelfile(made.file, tokenizer, stops).encode()}
             written = write_stream(
                 partial, outputs, small, stem="model", kind="gguf", metadata={}, planned=[file], journal=journal
             )
             if prove:
-                made.notes.append(check_written(partial, written.manifest))
+                made.said.append(check_written(partial, written.manifest))
             prover = prove_gguf(
                 folder, config, tokenizer, weights_in_gguf(plan, config.get_text_config()), source.specs
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 Pairs = dict[tuple[int, str, str], torch.Tensor]  # (expert, part, side) to its matrix
 
 
-def are_single(names: Mapping[str, Any] | list[str], model: nn.Module) -> bool:
+def are_single(names: Iterable[str], model: nn.Module) -> bool:
     """Whether an adapter's tensors speak of experts one by one where the model holds them fused."""
     return any(map(_EXPERT.fullmatch, names)) and bool(_fused(model))
 

@@ -179,11 +179,8 @@ def _plain_folder(folder: Path, *, prompts: bool, model: Any) -> Iterator[Path]:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     path = folder / WEIGHTS
     if path.is_file():
-        names = list(read_header(path)[0])
-        single = not prompts and expert_adapter.are_single(list(renamed(names, adapter=True, where=str(path)).values()), inner)  # fmt: skip
-        if prompts or (
-            not single and all(old == new for old, new in renamed(names, adapter=True, where=str(path)).items())
-        ):
+        plain = {} if prompts else renamed(read_header(path)[0], adapter=True, where=str(path))
+        if all(old == new for old, new in plain.items()) and not expert_adapter.are_single(plain.values(), inner):
             yield folder
             return
         tensors = load_file(path)

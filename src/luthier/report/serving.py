@@ -95,7 +95,7 @@ def _adapter(config: dict[str, Any], name: str, base: str) -> list[str]:
         lines.append("vllm serve MERGED")
     else:
         fits = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
-        alias = re.sub(r"[^\w.-]+", "-", Path(name.strip("'")).name) or "adapter"
+        alias = re.sub(r"[^\w.-]+", "-", shlex.split(name)[0].rpartition("/")[2]) or "adapter"
         lines.append(f"vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules {alias}={name}")
     if kind == "LORA" and not bars:
         lines.append(f"luthier export {name} OUT --to gguf   # an adapter for llama.cpp's --lora")
