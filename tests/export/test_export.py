@@ -227,3 +227,13 @@ def test_flag_that_means_nothing_for_a_form_is_refused_and_says_where_it_does(ba
     with pytest.raises(luthier.RequestError, match=f"not for the form {form}") as refusal:
         luthier.export(base, tmp_path / "out", to=form, **{flag: value})
     assert refusal.value.code == "form" and "--to" in (refusal.value.remedy or "")
+
+
+@pytest.mark.parametrize("form", ["merged", "transformers", "adapter"])
+def test_relative_paths_are_proven_as_absolute_ones_are(base, adapter, tmp_path, form, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = base if form == "transformers" else adapter
+    given = [] if form == "transformers" else ["--base", os.path.relpath(base)]
+    assert main(["export", os.path.relpath(source), "out", "--to", form, *given]) == 0
+    proof = json.loads((tmp_path / "out/proof.json").read_text())
+    assert proof["verdict"] == "passed", proof["says"]

@@ -113,12 +113,14 @@ def export_folder(
         fitting = " or ".join(form for form, flags in FORMS.items() if strange[0] in flags)
         instead = " --quant says how the one file is packed." if to == "gguf" else ""
         raise RequestError(f"{strange[0]} is not for the form {to}.", code="form", where=strange[0], remedy=f"Leave it out, or export --to {fitting}.{instead}")  # fmt: skip
+    sources, out = [source.expanduser().resolve() for source in sources], out.expanduser().resolve()
+    base = base.expanduser().resolve() if base is not None else None
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
     bare = bare_weights(sources[0]) if to == "transformers" and len(sources) == 1 else None
     if bare is not None:
         opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
         return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
-    if (file := _gguf_file(sources[0])) is not None and to == "transformers" and len(sources) == 1:
+    if to == "transformers" and len(sources) == 1 and (file := _gguf_file(sources[0])) is not None:
         from luthier.export.gguf_source import export_from_gguf
 
         said = export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)

@@ -152,8 +152,8 @@ def plain_answers(
         out = Path(scratch) / "logits.safetensors"
         request = {
             **asdict(probe),
-            "folder": str(folder),
-            "base": base,
+            "folder": str(folder.resolve()),  # the process runs in a folder of its own
+            "base": str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base,
             "rounding": rounding,
             "tokenizer": tokenizer,
             "messages": MESSAGES,
