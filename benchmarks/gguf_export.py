@@ -20,8 +20,8 @@ from merge import SIZES, make, timed
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import make_tokenizer
 
-EXPORT = "import sys;from pathlib import Path;from luthier.export.to_gguf import export_gguf as e;e(Path(sys.argv[1]),Path(sys.argv[2]),quant=sys.argv[3],prove=False)"
-IDLE = "import sys;from pathlib import Path;from luthier.export import to_gguf as g;g.open_config(Path(sys.argv[1]));g.open_tokenizer(Path(sys.argv[1]))"
+EXPORT = "import sys;from pathlib import Path;from luthier.export.gguf.write import export_gguf as e;e(Path(sys.argv[1]),Path(sys.argv[2]),quant=sys.argv[3],prove=False)"
+IDLE = "import sys;from pathlib import Path;from luthier.export.gguf import write as g;g.open_config(Path(sys.argv[1]));g.open_tokenizer(Path(sys.argv[1]))"
 
 
 def main() -> None:

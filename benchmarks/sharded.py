@@ -28,7 +28,7 @@ RANKS = 4
 PRELUDE = "import sys;from pathlib import Path;"
 CONVERT = PRELUDE + (
     "from luthier.artifacts.ahead import read_for_export;read_for_export(Path(sys.argv[1]),None);"  # as the verb does
-    "from luthier.export.bare import stream_bare as s;from luthier.export.sharded_source import bare_weights as w;"
+    "from luthier.export.sharded.bare import stream_bare as s;from luthier.export.sharded.source import bare_weights as w;"
     "s(w(Path(sys.argv[1])),Path(sys.argv[3]),base=Path(sys.argv[2]),dtype=sys.argv[4] or None,shard_bytes=int(sys.argv[5]));"
     "assert not {'transformers','peft'} & set(sys.modules)"
 )

@@ -18,8 +18,8 @@ from luthier.config import chain
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.forms import Exported, export_folder
-from luthier.export.mend import mend
-from luthier.export.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
+from luthier.export.mend.mend import mend
+from luthier.export.proof.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
 from luthier.loading import load
 from luthier.models import stack
 from luthier.models.describe import Description, describe

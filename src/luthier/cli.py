@@ -359,7 +359,7 @@ def _eval(options: Namespace) -> int:
 
 
 def _mend(options: Namespace) -> int:
-    from luthier.export.mend import mend
+    from luthier.export.mend.mend import mend
 
     made = mend(
         _meant(options.source), options.target, base=options.base, alpha=options.alpha, rslora=options.rslora,

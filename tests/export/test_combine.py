@@ -10,8 +10,8 @@ from peft import PeftModel
 from peft.utils import merge_utils
 
 import luthier
-from luthier.export import combine, lowrank
-from luthier.export.combine import limit_of, uniform
+from luthier.export.merged import combine, lowrank
+from luthier.export.merged.combine import limit_of, uniform
 
 WEIGHTS = [0.75, 0.5]
 SETTINGS = {"target_modules": ["q_proj", "up_proj"], "r": 4}

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import luthier
-from luthier.export.dequantise import dequantised
+from luthier.export.merged.dequantise import dequantised
 from luthier.export.source import open_source
 
 FORMS = {

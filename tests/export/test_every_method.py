@@ -13,8 +13,8 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import luthier
-from luthier.export.merge import merge_folders
-from luthier.export.methods import FORMULA, IN_MEMORY, NO_WEIGHTS, THROUGH_PEFT
+from luthier.export.merged.merge import merge_folders
+from luthier.export.merged.methods import FORMULA, IN_MEMORY, NO_WEIGHTS, THROUGH_PEFT
 
 NEEDS = {"ADAMSS": "sklearn"}  # what a method of peft imports beyond peft
 

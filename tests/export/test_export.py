@@ -20,7 +20,7 @@ import luthier
 from luthier.artifacts import direct
 from luthier.cli import main
 from luthier.export import stream
-from luthier.export.merge import merge_folders
+from luthier.export.merged.merge import merge_folders
 
 SETTINGS = {"target_modules": ["q_proj", "v_proj"], "r": 4}
 
@@ -56,7 +56,7 @@ def test_merged_is_proven_against_base_and_adapter_and_says_its_parents(base, ad
 
 @pytest.mark.slow
 def test_wrong_merge_fails_the_proof_and_publishes_nothing(base, adapter, tmp_path):
-    from luthier.export.proofs import prove_merge
+    from luthier.export.proof.exports import prove_merge
 
     with pytest.raises(luthier.ArtifactError, match="proof failed"):
         merge_folders(base, adapter, tmp_path / "out", weights=[0.9], prove=prove_merge(base, adapter))
@@ -152,7 +152,7 @@ def test_method_without_a_formula_is_refused_by_name(setting, base, adapter, tmp
 STREAM = """
 import sys
 from pathlib import Path
-from luthier.export.merge import merge_folders
+from luthier.export.merged.merge import merge_folders
 merge_folders(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 assert not {"transformers", "peft"} & set(sys.modules), "the stream imported what it must not"
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import luthier
 from luthier.artifacts.gguf_header import read_gguf_header
 from luthier.cli import main
-from luthier.export.to_gguf import export_gguf
+from luthier.export.gguf.write import export_gguf
 
 IDS = torch.tensor([[5, 6, 7, 100, 3, 255, 12]])
 
@@ -154,9 +154,9 @@ def test_flags_of_other_forms_are_refused(llama, tmp_path, flags, what, capsys):
 
 
 SLOWED = (
-    "import sys, time\nfrom pathlib import Path\nfrom luthier.export import gguf_file, to_gguf\nread = gguf_file.GgufBytes.read\n"
+    "import sys, time\nfrom pathlib import Path\nfrom luthier.export.gguf import file, write\nread = file.GgufBytes.read\n"
     "def slow(*given):\n    time.sleep(0.2)\n    return read(*given)\n"
-    "gguf_file.GgufBytes.read = slow\nto_gguf.export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='Q8_0', prove=False)"
+    "file.GgufBytes.read = slow\nwrite.export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='Q8_0', prove=False)"
 )
 
 
@@ -183,12 +183,12 @@ def test_memory_is_that_of_a_few_stretches_whatever_the_models_size(tmp_path):
     for layers in (2, 12):
         folder = make_model("llama", tmp_path / f"model{layers}", hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers, dtype=torch.bfloat16)  # fmt: skip
         script = (
-            "import sys, resource\nfrom pathlib import Path\nfrom luthier.export import to_gguf\n"
+            "import sys, resource\nfrom pathlib import Path\nfrom luthier.export.gguf import write\n"
             "def anonymous():\n    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"
-            "from luthier.export import gguf_file\nread, seen = gguf_file.GgufBytes.read, []\n"
+            "from luthier.export.gguf import file\nread, seen = file.GgufBytes.read, []\n"
             "def watched(*given):\n    seen.append(anonymous())\n    return read(*given)\n"
-            "gguf_file.GgufBytes.read = watched\n"
-            "to_gguf.export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='F16', prove=False)\nprint(max(seen) - min(seen))"
+            "file.GgufBytes.read = watched\n"
+            "write.export_gguf(Path(sys.argv[1]), Path(sys.argv[2]), quant='F16', prove=False)\nprint(max(seen) - min(seen))"
         )
         command = [sys.executable, "-c", script, str(folder), str(tmp_path / f"out{layers}")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

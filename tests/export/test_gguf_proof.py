@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 import luthier
 from luthier.artifacts.gguf_header import read_gguf_header
-from luthier.export import gguf_names, gguf_proof, gguf_source
-from luthier.export.gguf_file import GgufBytes
-from luthier.export.to_gguf import export_gguf
+from luthier.export.gguf import names, source
+from luthier.export.gguf import proof as gguf_proof
+from luthier.export.gguf.file import GgufBytes
+from luthier.export.gguf.write import export_gguf
 from luthier.models import gguf_tokenizer
 
 
@@ -30,7 +31,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_rows_in_the_wrong_order_fail_the_proof_and_publish_nothing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_names, "heads_of", lambda *_: 0)  # written and read back alike: only llama.cpp can tell
+    monkeypatch.setattr(names, "heads_of", lambda *_: 0)  # written and read back alike: only llama.cpp can tell
     with pytest.raises(luthier.ArtifactError, match="log-probabilities differ"):
         export_gguf(llama, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -46,7 +47,7 @@ def test_weights_that_are_not_the_models_fail_the_proof(llama, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_another_rule_for_cutting_text_fails_the_proof(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("luthier.export.gguf_tokenizer.rule_of", lambda tokenizer: "smollm")
+    monkeypatch.setattr("luthier.export.gguf.tokenizer.rule_of", lambda tokenizer: "smollm")
     with pytest.raises(luthier.ArtifactError, match="into other tokens"):
         export_gguf(llama, tmp_path / "out")
 
@@ -114,7 +115,7 @@ def test_vision_part_is_left_out_and_told(tmp_path):
 def test_dequantised_file_is_the_model_it_was_made_from(name, tmp_path):
     folder = make_model(name, tmp_path / "model")
     export_gguf(folder, tmp_path / "gguf", quant="F32", prove=False)
-    gguf_source.export_from_gguf(tmp_path / "gguf/model-F32.gguf", tmp_path / "back", shard_bytes=1 << 30)
+    source.export_from_gguf(tmp_path / "gguf/model-F32.gguf", tmp_path / "back", shard_bytes=1 << 30)
     proof = proof_of(tmp_path / "back")
     assert proof["verdict"] == "passed", proof
     back, original = load_file(tmp_path / "back/model.safetensors"), load_file(folder / "model.safetensors")

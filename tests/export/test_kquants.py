@@ -5,7 +5,7 @@ import numpy
 import pytest
 import torch
 
-from luthier.export.kquants import Kind, encode
+from luthier.export.gguf.kquants import Kind, encode
 
 # Relative error on normal values; what llama.cpp's own quantiser leaves lies within a few percent of these.
 BOUNDS = {Kind.Q8_0: 0.0054, Kind.Q6_K: 0.0180, Kind.Q5_K: 0.0365, Kind.Q4_K: 0.0725}

@@ -9,7 +9,7 @@ import torch
 from adapters import logits, make_adapter, make_gpt2, make_gpt_oss, opened, tensors
 from peft import PeftModel
 
-from luthier.export.merge import merge_folders
+from luthier.export.merged.merge import merge_folders
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny
 
-from luthier.export.ollama_template import ollama_template
+from luthier.export.gguf.ollama_template import ollama_template
 
 DEFAULTED = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + tiny.CHATML

@@ -18,22 +18,22 @@ from adapters import make_adapter
 import luthier
 from luthier.artifacts.manifest import digest_of
 from luthier.cli import main
-from luthier.export.merge import merge_folders
+from luthier.export.merged.merge import merge_folders
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = "import sys\nfrom pathlib import Path\n"
 MERGE = (
     PRELUDE
     + """
-from luthier.export.merge import merge_folders
+from luthier.export.merged.merge import merge_folders
 merge_folders(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), report=print)
 """
 )
 CONVERT = (
     PRELUDE
     + """
-from luthier.export.bare import stream_bare
-from luthier.export.sharded_source import bare_weights
+from luthier.export.sharded.bare import stream_bare
+from luthier.export.sharded.source import bare_weights
 from luthier.export.read_back import check_written
 for line in stream_bare(bare_weights(Path(sys.argv[1])), Path(sys.argv[3]), base=Path(sys.argv[2]), dtype=None, shard_bytes=1 << 28, check=check_written):
     print(line)

@@ -15,7 +15,7 @@ import luthier
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.artifacts.verify import verify_all
 from luthier.cli import main
-from luthier.export.mend import _publish, _Repair
+from luthier.export.mend.mend import _publish, _Repair
 from luthier.export.source import Source
 from luthier.export.stream import Output, write_stream
 

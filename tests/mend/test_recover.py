@@ -12,7 +12,7 @@ from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier.export.recover import noise_floor
+from luthier.export.mend.recover import noise_floor
 
 IDS = torch.arange(3, 40).unsqueeze(0)
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -19,7 +19,7 @@ from luthier.api import load
 from luthier.artifacts.run_folder import folder_of, published
 from luthier.errors import ArtifactError
 from luthier.export.final import FAILED, make_final
-from luthier.export.prove import Answers, Probe, live_answers, make_probe
+from luthier.export.proof.prove import Answers, Probe, live_answers, make_probe
 from luthier.training.finish import stored_proof
 
 

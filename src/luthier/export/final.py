@@ -16,7 +16,7 @@ from luthier.artifacts.files import link_or_copy, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_file, stretches
 from luthier.artifacts.tensorfile import Place
 from luthier.errors import ArtifactError
-from luthier.export.prove import Answers, Probe, Proof, compare, largest_difference, plain_answers
+from luthier.export.proof.prove import Answers, Probe, Proof, compare, largest_difference, plain_answers
 
 FAILED = "proof-failed.json"
 

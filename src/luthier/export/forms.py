@@ -15,14 +15,14 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.bare import export_bare
-from luthier.export.combine import combination_of
-from luthier.export.dequantise import dequantised
-from luthier.export.merge import merge_folders
-from luthier.export.merge_plan import FLOATS
-from luthier.export.proofs import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
+from luthier.export.merged.combine import combination_of
+from luthier.export.merged.dequantise import dequantised
+from luthier.export.merged.merge import merge_folders
+from luthier.export.merged.plan import FLOATS
+from luthier.export.proof.exports import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
 from luthier.export.read_back import check_written
-from luthier.export.sharded_source import bare_weights
+from luthier.export.sharded.bare import export_bare
+from luthier.export.sharded.source import bare_weights
 from luthier.export.source import Source, open_source
 from luthier.export.stream import WHOLE, Output, write_stream
 from luthier.export.unfinished import unfinished
@@ -121,7 +121,7 @@ def export_folder(
         opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
         return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
     if to == "transformers" and len(sources) == 1 and (file := _gguf_file(sources[0])) is not None:
-        from luthier.export.gguf_source import export_from_gguf
+        from luthier.export.gguf.source import export_from_gguf
 
         said = export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
         return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out), tuple(said))
@@ -166,8 +166,8 @@ def export_folder(
 
 def _to_gguf(folder: Path, base: Path | None, known: str | None, out: Path, quant: str | None, prove: bool) -> Exported:
     """A model's file, or with its base an adapter's; what transformers is needed for is imported here, not by other forms."""
-    from luthier.export.gguf_lora import export_gguf_lora
-    from luthier.export.to_gguf import export_gguf
+    from luthier.export.gguf.lora import export_gguf_lora
+    from luthier.export.gguf.write import export_gguf
 
     if base is not None:
         made = export_gguf_lora(folder, base, out, quant=quant, expected_base=known, prove=prove)

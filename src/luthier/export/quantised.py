@@ -26,9 +26,9 @@ from luthier.artifacts.weight_facts import main_float
 from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.merge_plan import FLOATS
+from luthier.export.merged.plan import FLOATS
 from luthier.export.naming import empty_model
-from luthier.export.proofs import prove_quantised
+from luthier.export.proof.exports import prove_quantised
 from luthier.export.read_back import check_written
 from luthier.export.source import Source, open_source
 from luthier.export.stream import Output, write_stream

@@ -25,7 +25,7 @@ from luthier.artifacts.manifest import Digest, Manifest, digest_of, stretches
 from luthier.artifacts.tensorfile import BITS, DEFAULT_SHARD, FilePlan, Place, TensorSpec, plan_files
 from luthier.checkpoint.dtypes import FROM_FILE, bytes_of
 from luthier.errors import ArtifactError, LuthierError
-from luthier.export.lowrank import BLOCK, Change
+from luthier.export.merged.lowrank import BLOCK, Change
 from luthier.export.source import Source
 from luthier.export.unfinished import Journal
 

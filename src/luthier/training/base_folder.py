@@ -22,7 +22,7 @@ from luthier.checkpoint.small_files import small_files, tokenizer_files
 from luthier.checkpoint.write import plan_part, write_parts
 from luthier.config.schema import ModelConfig
 from luthier.errors import LuthierError
-from luthier.export.merge import merge_folders
+from luthier.export.merged.merge import merge_folders
 from luthier.models.base_files import is_plain
 from luthier.models.check_folder import INDEX, SINGLE, weight_files
 from luthier.models.open import Base, BaseSource, Vocabulary, locate_base, open_base, resolve_precision

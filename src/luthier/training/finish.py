@@ -22,7 +22,7 @@ from luthier.config.schema import RunConfig
 from luthier.data.prepare import Prepared
 from luthier.errors import LuthierError
 from luthier.export.final import make_final
-from luthier.export.prove import Answers, Probe, Proof, largest_difference, live_answers, make_probe
+from luthier.export.proof.prove import Answers, Probe, Proof, largest_difference, live_answers, make_probe
 from luthier.models import stack
 from luthier.models.compile import undo
 from luthier.models.memory import keep

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
-from luthier.export.gguf_file import GgufTensor
+from luthier.export.gguf.file import GgufTensor
 from luthier.models.gguf import ROPE_FREQS, llama3_factors
 
 ARCHITECTURES = {

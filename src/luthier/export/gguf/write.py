@@ -12,12 +12,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from luthier.artifacts import manifest as manifests
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.gguf_card import card, modelfile, verdict
-from luthier.export.gguf_file import GgufBytes, plan_gguf
-from luthier.export.gguf_mix import QUANTS, mix, quant_of
-from luthier.export.gguf_names import plan_model, weights_in_gguf
-from luthier.export.gguf_proof import prove_gguf
-from luthier.export.gguf_tokenizer import open_tokenizer, stop_ids, tokenizer_metadata
+from luthier.export.gguf.card import card, modelfile, verdict
+from luthier.export.gguf.file import GgufBytes, plan_gguf
+from luthier.export.gguf.mix import QUANTS, mix, quant_of
+from luthier.export.gguf.names import plan_model, weights_in_gguf
+from luthier.export.gguf.proof import prove_gguf
+from luthier.export.gguf.tokenizer import open_tokenizer, stop_ids, tokenizer_metadata
 from luthier.export.read_back import check_written
 from luthier.export.source import open_source
 from luthier.export.stream import Output, write_stream

@@ -9,7 +9,7 @@ from luthier.artifacts.manifest import Manifest
 from luthier.export import exported_folder as folders
 from luthier.export.architecture import check_architecture
 from luthier.export.read_back import check_written
-from luthier.export.sharded_source import Weights, base_folder, open_bare
+from luthier.export.sharded.source import Weights, base_folder, open_bare
 from luthier.export.stream import write_stream
 from luthier.export.unfinished import unfinished
 

@@ -20,9 +20,9 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError, RequestError
 from luthier.export.exported_folder import publish_folder
 from luthier.export.find_weights import Found, find_weights, indexed, weight_files
-from luthier.export.mend_check import check_mended
-from luthier.export.rebuild_config import rebuild
-from luthier.export.recover import recover
+from luthier.export.mend.check import check_mended
+from luthier.export.mend.rebuild_config import rebuild
+from luthier.export.mend.recover import recover
 from luthier.export.stream import WHOLE, Output, as_they_are, write_stream
 
 RECORD = "mended.json"

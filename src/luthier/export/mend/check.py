@@ -11,7 +11,15 @@ import torch
 
 from luthier.config.schema import ModelConfig
 from luthier.errors import ArtifactError
-from luthier.export.prove import TEXTS, Proof, compare, largest_difference, live_answers, make_probe, plain_answers
+from luthier.export.proof.prove import (
+    TEXTS,
+    Proof,
+    compare,
+    largest_difference,
+    live_answers,
+    make_probe,
+    plain_answers,
+)
 from luthier.models.coverage import check_coverage
 from luthier.models.open import open_base
 from luthier.models.quiet import quiet

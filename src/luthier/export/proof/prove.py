@@ -22,7 +22,7 @@ from torch import nn
 
 from luthier.artifacts.names import of_layer
 from luthier.errors import ArtifactError
-from luthier.export import prober
+from luthier.export.proof import prober
 from luthier.models.quantised.layer import quantised_layers
 
 PROBE_TOKENS = 48
@@ -162,7 +162,7 @@ def plain_answers(
         }
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
-        command = [sys.executable, str(prober.__file__), str(path)]
+        command = [sys.executable, "-P", str(prober.__file__), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         if done.returncode != 0:
             last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:]

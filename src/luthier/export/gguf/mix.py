@@ -12,7 +12,7 @@ from dataclasses import replace
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from luthier.errors import RequestError
-from luthier.export.gguf_file import GgufTensor, fills_blocks
+from luthier.export.gguf.file import GgufTensor, fills_blocks
 
 Kind = GGMLQuantizationType
 QUANTS = {

@@ -24,9 +24,9 @@ from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.config.yaml_text import load as load_yaml
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.distcp import ShardedSource
 from luthier.export.find_weights import find_weights
-from luthier.export.merge_plan import FLOATS
+from luthier.export.merged.plan import FLOATS
+from luthier.export.sharded.distcp import ShardedSource
 from luthier.export.source import Source
 from luthier.export.stream import Output
 from luthier.models.coverage import grouped

@@ -23,7 +23,7 @@ from torch import nn
 from luthier.artifacts.names import PEFT
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
-from luthier.export.adapter import Adapter
+from luthier.export.merged.adapter import Adapter
 from luthier.export.naming import empty_model
 from luthier.export.source import Source
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from luthier.export.prober import read_texts
-from luthier.export.prove import MESSAGES, TEXTS
+from luthier.export.proof.prober import read_texts
+from luthier.export.proof.prove import MESSAGES, TEXTS
 from luthier.models.gguf_tokenizer import TRICKY
 
 

@@ -15,10 +15,10 @@ from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError
 from luthier.export import exported_folder as folders
-from luthier.export.adapter import Adapter, open_adapters
-from luthier.export.combine import Combination
-from luthier.export.dequantise import dequantised
-from luthier.export.merge_plan import plan_merge
+from luthier.export.merged.adapter import Adapter, open_adapters
+from luthier.export.merged.combine import Combination
+from luthier.export.merged.dequantise import dequantised
+from luthier.export.merged.plan import plan_merge
 from luthier.export.read_back import check_written
 from luthier.export.source import open_source
 from luthier.export.stream import write_stream

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from luthier.export.combine import Mixer
+from luthier.export.merged.combine import Mixer
 
 BLOCK = 1 << 18  # elements at a time: 1 MiB of fp32, so that the passes over a block find it in the cache
 

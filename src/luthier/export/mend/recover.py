@@ -28,7 +28,7 @@ from torch import nn
 
 from luthier.artifacts.names import PEFT
 from luthier.errors import RequestError
-from luthier.export.rebuild_config import common_rank, shortest
+from luthier.export.mend.rebuild_config import common_rank, shortest
 from luthier.export.source import MemorySource
 from luthier.export.stream import Output, as_they_are
 

@@ -21,10 +21,10 @@ from luthier.artifacts.gguf_header import GgufHeader, GgufTensor, read_gguf_head
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.gguf_names import heads_of, names_in_gguf
-from luthier.export.gguf_proof import prove_gguf
-from luthier.export.lowrank import BLOCK
-from luthier.export.proofs import ROUNDING
+from luthier.export.gguf.names import heads_of, names_in_gguf
+from luthier.export.gguf.proof import prove_gguf
+from luthier.export.merged.lowrank import BLOCK
+from luthier.export.proof.exports import ROUNDING
 from luthier.export.read_back import check_written
 from luthier.export.source import Source
 from luthier.export.stream import Output, write_stream

@@ -19,7 +19,7 @@ from luthier.artifacts import fingerprint, names
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
-from luthier.export.methods import THROUGH_PEFT, why_not
+from luthier.export.merged.methods import THROUGH_PEFT, why_not
 from luthier.export.source import SafetensorsSource, Source, open_source
 
 # Variants of LoRA whose merged form is another formula, by the key of adapter_config.json that asks for them.

@@ -27,10 +27,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError
-from luthier.export import gguf_reference, llama_prober
-from luthier.export.gguf_texts import compare_texts, proof_texts
-from luthier.export.proofs import checked
-from luthier.export.prove import MARGIN, MESSAGES, PROBE_TOKENS, TEXTS, Probe, Proof, plain_answers
+from luthier.export.gguf import llama_prober, reference
+from luthier.export.gguf.texts import compare_texts, proof_texts
+from luthier.export.proof.exports import checked
+from luthier.export.proof.prove import MARGIN, MESSAGES, PROBE_TOKENS, TEXTS, Probe, Proof, plain_answers
 from luthier.models.room import free_bytes
 
 MOST = 1000  # log-probabilities asked of llama.cpp at each place
@@ -180,7 +180,7 @@ class _Proving:
 
     def _reference(self, *, opens: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         told, tensors = _run(
-            gguf_reference,
+            reference,
             self.file,
             {
                 "folder": str(self.folder), "file": str(self.file), "ids": self.ids, "greedy": self._asked(),
@@ -269,7 +269,7 @@ def _run(script: Any, file: Path, request: dict[str, Any]) -> tuple[dict[str, An
         out, path = Path(scratch) / "out.safetensors", Path(scratch) / "request.json"
         target = Path(scratch) / "out.safetensors.json" if script is llama_prober else out
         path.write_text(json.dumps({**request, "threads": torch.get_num_threads(), "out": str(target)}))
-        command = [sys.executable, str(script.__file__), str(path)]
+        command = [sys.executable, "-P", str(script.__file__), str(path)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=scratch)
         if done.returncode != 0:
             what = "llama.cpp" if script is llama_prober else "plain transformers"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from luthier.export.ollama_template import ollama_template
+from luthier.export.gguf.ollama_template import ollama_template
 
 if TYPE_CHECKING:
-    from luthier.export.to_gguf import GgufMade
+    from luthier.export.gguf.write import GgufMade
 
 
 def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> str:

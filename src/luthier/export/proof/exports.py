@@ -20,7 +20,7 @@ import torch
 from luthier.artifacts.tensorfile import read_header
 from luthier.artifacts.weight_facts import main_float
 from luthier.errors import ArtifactError
-from luthier.export.prove import (
+from luthier.export.proof.prove import (
     MARGIN,
     TEXTS,
     Answers,
@@ -63,7 +63,7 @@ def prove_quantised_merge(live: Path, adapter: Path, onto: str, other: Path | No
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
             return _not_opened()
-        from luthier.export.merge import merge_folders
+        from luthier.export.merged.merge import merge_folders
 
         dtype = _main_dtype(folder)
         probe = _probe(folder, "float32")

@@ -19,8 +19,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from luthier.artifacts.tensorfile import FilePlan, Place, TensorSpec
 from luthier.checkpoint.dtypes import FROM_FILE
 from luthier.errors import ArtifactError
-from luthier.export.kquants import Kind, encode, row_bytes
-from luthier.export.lowrank import BLOCK
+from luthier.export.gguf.kquants import Kind, encode, row_bytes
+from luthier.export.merged.lowrank import BLOCK
 from luthier.export.source import Source
 
 ALIGNMENT = 32

@@ -17,15 +17,15 @@ import torch
 
 from luthier.artifacts.tensorfile import TensorSpec
 from luthier.errors import ArtifactError, RequestError
-from luthier.export.adapter import Adapter
-from luthier.export.combine import Combination, Mixer
-from luthier.export.lowrank import Change, LowRank
+from luthier.export.merged.adapter import Adapter
+from luthier.export.merged.combine import Combination, Mixer
+from luthier.export.merged.lowrank import Change, LowRank
 from luthier.export.naming import Naming, Stretch, read_naming
 from luthier.export.source import Source
 from luthier.export.stream import Output
 
 if TYPE_CHECKING:
-    from luthier.export.peft_layers import PeftLayers
+    from luthier.export.merged.peft_layers import PeftLayers
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -311,7 +311,7 @@ def _plan_tokens(planner: _Planner, adapter: Adapter, module: str) -> None:
 
 def _plan_layers(planner: _Planner, adapter: Adapter, alone: bool) -> None:
     """Layers of a method that peft merges, each computed when it is written."""
-    from luthier.export.peft_layers import PeftLayers, iterate
+    from luthier.export.merged.peft_layers import PeftLayers, iterate
 
     _must_be_alone(alone, adapter, f"layers are changed in {adapter.method}'s way")
 

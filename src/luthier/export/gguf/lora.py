@@ -17,16 +17,16 @@ from transformers import PreTrainedConfig
 from luthier.artifacts import publish
 from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
-from luthier.export.adapter import Adapter, open_adapters
-from luthier.export.gguf_card import adapter_card, adapter_modelfile, verdict
-from luthier.export.gguf_file import GgufBytes, GgufTensor, plan_gguf
-from luthier.export.gguf_mix import QUANTS, quant_of
-from luthier.export.gguf_names import architecture_of, heads_of, names_in_gguf
-from luthier.export.gguf_proof import has_llama_cpp, prove_lora
+from luthier.export.gguf.card import adapter_card, adapter_modelfile, verdict
+from luthier.export.gguf.file import GgufBytes, GgufTensor, plan_gguf
+from luthier.export.gguf.mix import QUANTS, quant_of
+from luthier.export.gguf.names import architecture_of, heads_of, names_in_gguf
+from luthier.export.gguf.proof import has_llama_cpp, prove_lora
+from luthier.export.gguf.write import GgufMade, export_gguf, open_config
+from luthier.export.merged.adapter import Adapter, open_adapters
 from luthier.export.read_back import check_written
 from luthier.export.source import open_source
 from luthier.export.stream import Output, write_stream
-from luthier.export.to_gguf import GgufMade, export_gguf, open_config
 from luthier.export.unfinished import unfinished
 
 DEFAULT_QUANT = "F32"

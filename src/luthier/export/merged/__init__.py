@@ -1,0 +1,1 @@
+"""Adapters merged into their base, in a stream."""
