@@ -4,7 +4,7 @@
 
 Makes the folder in WORK on the local disk (16 GB of random numbers in bf16 for 32 layers; `--toy` makes a small one that
 loads on a CPU), reads every byte of it once into one reused buffer as the yardstick, and loads it in a process of its own
-for each precision. Both times are with the files in the page cache where they fit; `--cold` asks the system to drop them first.
+for each precision. Host memory is anonymous memory (RssAnon, sampled), without what the imports and the device's context took before. Both times are with the files in the page cache where they fit; `--cold` asks the system to drop them first.
 """
 
 from __future__ import annotations
@@ -110,19 +110,30 @@ def arithmetic(folder: Path, precision: str) -> dict[str, float]:
 
 
 LOAD = """
-import json, resource, sys, time, logging
+import json, sys, threading, time, logging
 logging.disable(logging.WARNING)
 import torch, luthier, luthier.loading, bitsandbytes, peft
 folder, precision, device = sys.argv[1:4]
 if device == "cuda":
     torch.zeros(1, device=device); torch.cuda.synchronize()
+before = peak = 0
+def anonymous():
+    with open("/proc/self/status") as file:
+        return int(next(line.split()[1] for line in file if line.startswith("RssAnon"))) * 1024
+def look():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+before = anonymous()
+threading.Thread(target=look, daemon=True).start()
 begun = time.perf_counter()
 model, _ = luthier.load(folder, precision=precision, device=device)
 if device == "cuda":
     torch.cuda.synchronize()
 seconds = time.perf_counter() - begun
 held = sum(p.numel() * p.element_size() for p in model.parameters())
-result = dict(seconds=seconds, parameters_gib=held / 2**30, host_peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+result = dict(seconds=seconds, parameters_gib=held / 2**30, host_peak_gib=peak / 2**30, host_before_gib=before / 2**30)
 if device == "cuda":
     result |= dict(device_gib=torch.cuda.memory_allocated() / 2**30, device_peak_gib=torch.cuda.max_memory_allocated() / 2**30, reserved_gib=torch.cuda.memory_reserved() / 2**30)
 with torch.no_grad():
@@ -156,9 +167,9 @@ def main() -> None:
     folder = make(args.work, layers, hidden, vocabulary)
     print(f"{folder}: made in {time.perf_counter() - begun:.0f} s", flush=True)
     print(
-        "| precision | load s | reading the bytes s | ratio | GB/s | device GiB | arithmetic GiB | off by | host peak GiB |"
+        "| precision | load s | reading the bytes s | ratio | GB/s | device GiB | arithmetic GiB | off by | device peak GiB | host peak GiB |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for precision in args.precision:
         if args.cold:
             drop_cache(folder)
@@ -169,7 +180,7 @@ def main() -> None:
         held = found.get("device_gib", found["parameters_gib"])
         print(
             f"| {precision} | {found['seconds']:.2f} | {reading:.2f} | {found['seconds'] / reading:.2f} | {size / found['seconds'] / 1e9:.2f} | "
-            f"{held:.3f} | {wanted['all']:.3f} (scales {wanted['scales']:.3f}) | {100 * (held / wanted['all'] - 1):+.2f} % | {found['host_peak_gib']:.2f} |",
+            f"{held:.3f} | {wanted['all']:.3f} (scales {wanted['scales']:.3f}) | {100 * (held / wanted['all'] - 1):+.2f} % | {found.get('device_peak_gib', 0):.2f} | {found['host_peak_gib'] - found['host_before_gib']:.2f} |",
             flush=True,
         )
         print(

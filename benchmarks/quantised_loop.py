@@ -1,10 +1,10 @@
 """Held-out loss of LoRA on a base in bf16, int8, nf4 and fp8, in a plain loop: the same batches and rates for every form.
 
     python benchmarks/quantised_loop.py WORK --model FOLDER_OR_GGUF [--forms bf16 int8 nf4 fp8] [--seeds 0 1 2] [--steps 60]
-                                        [--batch 8] [--held-out 128] [--lr 5e-4] [--answers]
+                                        [--batch 8] [--held-out 128] [--lr 5e-4] [--answers] [--jobs 1]
 
 The demo's conversations, loss over all their tokens (`--answers`: the assistant's only). Writes WORK/loop.json and
-WORK/loop.svg (curves), prints a table. quantised_loss.py does the same through `luthier train`, with the task's score and
+WORK/loop.svg (curves), prints a table. `--jobs` runs several at a time, each in a process of its own. quantised_loss.py does the same through `luthier train`, with the task's score and
 the proof of every run, which takes longer.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from pathlib import Path
@@ -21,9 +22,14 @@ from typing import Any
 import torch
 from quantised_loss import FORMS, LIMITS, as_folder, curves
 
+PLAIN = "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+STORED = "fp8-storage"  # fp8 codes as storage: dequantised, and multiplied in 16 bits
+
 
 def encoded(tokenizer: Any, path: Path, limit: int | None, answers: bool) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of each conversation."""
+    if tokenizer.chat_template is None:  # a base model; one plain form serves for all
+        tokenizer.chat_template = PLAIN
     samples = []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -70,9 +76,13 @@ def train(args: argparse.Namespace, base: Path, form: str, seed: int, device: st
     from luthier.config.schema import AdapterConfig
     from luthier.demo.run import DATA
     from luthier.models.adapters import attach
+    from luthier.models.quantised.layer import quantised_layers
 
     begun = time.perf_counter()
-    model, tokenizer = luthier.load(base, precision=form, device=device)
+    model, tokenizer = luthier.load(base, precision="fp8" if form == STORED else form, device=device)
+    if form == STORED:
+        for layer in quantised_layers(model):
+            layer.multiplies = "16 bits"
     source = SimpleNamespace(model=model, source=SimpleNamespace(name=str(base), revision=None))
     model = attach(source, AdapterConfig(type="lora", r=8, target="all-linear"), base_name=str(base), seed=seed)
     samples = encoded(tokenizer, DATA / "train.jsonl", None, args.answers)
@@ -96,25 +106,31 @@ def train(args: argparse.Namespace, base: Path, form: str, seed: int, device: st
     return {"form": form, "seed": seed, "curve": curve, "loss": curve[-1][1], "base_loss": curve[0][1], "seconds": round(time.perf_counter() - begun, 1)}  # fmt: skip
 
 
+def train_one(run: tuple[Any, ...]) -> dict[str, Any]:
+    return train(*run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=[*FORMS, STORED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=128)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--answers", action="store_true", help="loss over the assistant's tokens only")
+    parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.work.mkdir(parents=True, exist_ok=True)
     base = as_folder(args.model, args.work)
     results = []
-    for seed in args.seeds:
-        for form in args.forms:
-            results.append(train(args, base, form, seed, device))
+    runs = [(args, base, form, seed, device) for seed in args.seeds for form in args.forms]
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for result in pool.imap(train_one, runs, chunksize=1):
+            results.append(result)
             print(json.dumps({key: value for key, value in results[-1].items() if key != "curve"}), flush=True)
             (args.work / "loop.json").write_text(json.dumps(results, indent=1))
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FORMS = ("bf16", "int8", "nf4", "fp8")
-COLOURS = {"bf16": "#444444", "int8": "#1f77b4", "nf4": "#d62728", "fp8": "#2ca02c"}
+COLOURS = {"bf16": "#444444", "int8": "#1f77b4", "nf4": "#d62728", "fp8": "#2ca02c", "fp8-storage": "#9467bd"}
 LIMITS = {"int8": 0.5, "nf4": 2.5, "fp8": 0.5}
 """Per cent of bf16's held-out loss that each form may cost."""
 PRODUCTS = {  # name: precision, and how its layers multiply
@@ -173,7 +173,7 @@ def curves(results: list[dict[str, Any]], title: str) -> str:
         x = float(place(step, math.exp(low)).split(",")[0])
         parts.append(f'<text x="{x - 8:.1f}" y="{height - 18}">{step:g}</text>')
     parts.append(f'<text x="{width / 2 - 40}" y="{height - 2}">optimiser step</text>')
-    for place_in_list, form in enumerate(FORMS):
+    for place_in_list, form in enumerate(dict.fromkeys(one["form"] for one in results)):
         mine = [one for one in results if one["form"] == form]
         for one in mine:
             line = " ".join(place(step, loss) for step, loss in one["curve"])
