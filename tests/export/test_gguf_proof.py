@@ -10,14 +10,18 @@ import torch
 from gguf_models import make_model, make_sentencepiece
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
 
 import luthier
 from luthier.artifacts.gguf_header import read_gguf_header
+from luthier.config.schema import ModelConfig
 from luthier.export.gguf import names, source
 from luthier.export.gguf import proof as gguf_proof
 from luthier.export.gguf.file import GgufBytes
 from luthier.export.gguf.write import export_gguf
 from luthier.models import gguf_tokenizer
+from luthier.models.gguf_tokenizer import TRICKY
+from luthier.models.open import open_tokenizer
 
 
 def proof_of(out: Path) -> dict:
@@ -72,6 +76,20 @@ def test_sentencepiece_tokens_are_llama_cpps(spaced, tmp_path):
     export_gguf(folder, tmp_path / "out")
     proof = proof_of(tmp_path / "out")
     assert proof["verdict"] == "passed", proof
+
+
+@pytest.mark.parametrize("spaced", ["prepended", "none"])
+def test_sentencepiece_tokenizer_read_back_from_a_gguf_gives_the_same_ids(spaced, tmp_path):
+    folder = make_model("llama", tmp_path / "model", vocab_size=600)
+    make_sentencepiece(folder, prepend=spaced == "prepended")
+    made = tmp_path / "out" / export_gguf(folder, tmp_path / "out", prove=False).file
+    before, after = AutoTokenizer.from_pretrained(folder), open_tokenizer(ModelConfig(path=str(made)))
+    assert (after.bos_token_id, after.eos_token_id, after.unk_token_id) == (before.bos_token_id, before.eos_token_id, 0)
+    for text in TRICKY:
+        ids = before(text, add_special_tokens=False)["input_ids"]
+        assert after(text, add_special_tokens=False)["input_ids"] == ids, text
+        assert after.decode(ids) == text
+        assert after(text)["input_ids"] == before(text)["input_ids"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 A GGUF holds vocabulary, merges and special tokens, but of the rule by which text is cut before merging only a name
 (`tokenizer.ggml.pre`). Transformers knows some of those names and takes GPT-2's rule for all others, which gives
-other ids than the model was trained on: digits of SmolLM2 would be joined to the space before them.
+other ids than the model was trained on: digits of SmolLM2 would be joined to the space before them. Its versions up to
+5.17 at least also read Gemma's vocabulary of pieces with other ids and without its special tokens, and say nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from luthier.artifacts.gguf_header import GgufHeader
@@ -71,10 +72,16 @@ def open_gguf_tokenizer(source: BaseSource, header: GgufHeader) -> tuple[PreTrai
         )
     rule = header.metadata.get("tokenizer.ggml.pre", "")
     by_bytes = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    pieces = header.metadata.get("tokenizer.ggml.model") == "llama" and "tokenizer.ggml.scores" in header.metadata
     known = _cut(rule)
     cut = known or _cut("gpt-2") if by_bytes and rule not in _KNOWN_TO_TRANSFORMERS else None
     try:
-        tokenizer = _byte_level(header.metadata, cut) if cut else _by_transformers(path)
+        if cut:
+            tokenizer = _byte_level(header.metadata, cut)
+        elif pieces:
+            tokenizer = _sentencepiece(header.metadata)
+        else:
+            tokenizer = _by_transformers(path)
     except (ValueError, KeyError, IndexError, AttributeError, NotImplementedError, OSError) as error:
         raise ArtifactError(
             f"its tokenizer ({header.metadata.get('tokenizer.ggml.model')}) cannot be built: {error}",
@@ -95,11 +102,48 @@ def open_gguf_tokenizer(source: BaseSource, header: GgufHeader) -> tuple[PreTrai
 
 def _byte_level(metadata: dict[str, Any], cut: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerBase:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = cut
     backend.decoder = decoders.ByteLevel()
+    return _finished(backend, metadata, begins=False)
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """SentencePiece's BPE: the two neighbours that make the piece of the highest score are joined first."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    scores: list[float] = metadata["tokenizer.ggml.scores"]
+    kinds = metadata["tokenizer.ggml.token_type"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = []
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        if kind == NORMAL:
+            halves = [(token[:at], token[at:]) for at in range(1, len(token))]
+            merges += [(-score, vocabulary[a], vocabulary[b], (a, b)) for a, b in halves if a in vocabulary and b in vocabulary]  # fmt: skip
+    merges.sort()
+    names = _names(metadata)
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[pair for *_, pair in merges],
+            unk_token=names.get("unk_token"),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    space = "\u2581"
+    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    as_pieces = normalizers.Replace(" ", space)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), as_pieces]) if prefixed else as_pieces
+    stripped = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    backend.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *stripped])  # fmt: skip
+    return _finished(backend, metadata, begins=True)
+
+
+def _finished(backend: Tokenizer, metadata: dict[str, Any], *, begins: bool) -> PreTrainedTokenizerBase:
+    """With its special tokens and template; ``begins``: whether a text gets the first token where the file does not say."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     added = [
         AddedToken(token, special=kind == CONTROL, normalized=False)
         for token, kind in zip(tokens, kinds, strict=True)
@@ -107,8 +151,9 @@ def _byte_level(metadata: dict[str, Any], cut: pre_tokenizers.PreTokenizer) -> P
     ]
     backend.add_special_tokens([token for token in added if token.special])
     backend.add_tokens([token for token in added if not token.special])
-    names = {name: tokens[metadata[key]] for name, key in _NAMED.items() if key in metadata}
-    before = [names["bos_token"]] if metadata.get("tokenizer.ggml.add_bos_token") and "bos_token" in names else []
+    names = _names(metadata)
+    first = metadata.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in names
+    before = [names["bos_token"]] if first else []
     after = [names["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token") and "eos_token" in names else []
     if before or after:
         backend.post_processor = processors.TemplateProcessing(
@@ -118,6 +163,10 @@ def _byte_level(metadata: dict[str, Any], cut: pre_tokenizers.PreTokenizer) -> P
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer
+
+
+def _names(metadata: dict[str, Any]) -> dict[str, str]:
+    return {name: metadata["tokenizer.ggml.tokens"][metadata[key]] for name, key in _NAMED.items() if key in metadata}
 
 
 def _by_transformers(path: Path) -> PreTrainedTokenizerBase:
