@@ -1,10 +1,11 @@
 """Merging an adapter (r 16, all linear layers) in a stream, against `cp` of the same files and against peft in memory.
 
-    python benchmarks/merge.py --size 3b [--turns 1] [--without-peft] [--folder DIR]
+    python benchmarks/merge.py --size 3b [--turns 1] [--without-peft] [--mergekit PROGRAM] [--folder DIR]
 
 Makes the model (Llama's shape, random bf16 weights, written in a stream), then in turns: `cp` and `sync` of its files, and the
 merge in a process of its own; the page cache is dropped of the files before each. The ratio, the peak of anonymous memory
-(RssAnon, sampled) and peft's merge_and_unload + save_pretrained beside it are printed as one JSON object.
+(RssAnon, sampled) and peft's merge_and_unload + save_pretrained beside it are printed as one JSON object; with `--mergekit`
+the `mergekit-yaml` of another environment too (`models: [{model: BASE+ADAPTER}]`, passthrough).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment of its own")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -117,6 +119,20 @@ def main() -> None:
         if not options.without_peft:
             seconds, peak = timed([sys.executable, "-c", PEFT, str(base), str(adapter), str(out)], folder, out)
             told |= {"peft_seconds": round(seconds, 2), "peft_peak_anonymous_mib": round(peak)}
+        if options.mergekit:
+            plan = folder / "mergekit.yaml"
+            plan.write_text(f"models: [{{model: {base}+{adapter}}}]\nmerge_method: passthrough\ndtype: bfloat16\n")
+            command = [
+                str(options.mergekit),
+                str(plan),
+                str(out),
+                "--lora-merge-cache",
+                str(folder / "cache"),
+                "--lazy-unpickle",
+                "--no-copy-tokenizer",
+            ]
+            seconds, peak = timed(command, folder, out)
+            told |= {"mergekit_seconds": round(seconds, 2), "mergekit_peak_anonymous_mib": round(peak)}
         print(json.dumps(told))
 
 
