@@ -88,6 +88,15 @@ def test_transformers_form_is_resharded_and_cast_and_proven(base, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
 
 
+def test_export_of_an_export_says_so_and_export_of_a_model_does_not(base, tmp_path):
+    first = luthier.export(base, tmp_path / "first", to="transformers", dtype="bf16", prove=False)
+    again = luthier.export(first.path, tmp_path / "again", to="transformers", dtype="fp32", prove=False)
+    quantised = luthier.export(first.path, tmp_path / "quantised", to="quantized", packing="int8", prove=False)
+    told = f"{first.path} is an export itself, made from {base}; what was rounded there stays rounded"
+    assert told in again.notes and told in quantised.notes
+    assert not any("export itself" in note for note in first.notes)
+
+
 def test_pickled_weights_become_safetensors(base, tmp_path):
     source = tmp_path / "pickled"
     source.mkdir()

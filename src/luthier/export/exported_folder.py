@@ -115,6 +115,17 @@ def parents_of(folder: Path) -> list[dict[str, Any]]:
     return list(manifest.facts.get("parents", [])) if manifest.kind == "merged" else []
 
 
+def said_of_exports(folders: Sequence[Path]) -> list[str]:
+    """A sentence for each folder that is an export itself: what that rounded is not got back from it."""
+    said = []
+    for folder in folders:
+        facts = manifests.read(folder).facts if (folder / manifests.NAME).is_file() else {}
+        names = [str(parent.get("name")) for parent in facts.get("parents") or []]
+        if names and "step" not in facts:
+            said.append(f"{folder} is an export itself, made from {' and '.join(names)}; what was rounded there stays rounded")  # fmt: skip
+    return said
+
+
 def fingerprint_of_base(folder: Path, source: Source, seen: Mapping[tuple[str, int], Digest]) -> str | None:
     """A transformers folder's fingerprint, from digests made on the way; only what was not read is read again."""
     if not isinstance(source, SafetensorsSource):

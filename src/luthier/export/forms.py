@@ -123,17 +123,18 @@ def export_folder(
     if to == "transformers" and len(sources) == 1 and (file := _gguf_file(sources[0])) is not None:
         from luthier.export.gguf.source import export_from_gguf
 
-        said = export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+        said = [*folders.said_of_exports([file.parent]), *export_from_gguf(file, out, dtype=dtype, shard_bytes=shard_bytes, prove=prove)]  # fmt: skip
         return Exported(out, to, "AutoModelForCausalLM.from_pretrained", proof_line(out), tuple(said))
     inner = [weights_folder(source) for source in sources]
+    again = folders.said_of_exports(inner)
     is_adapter = [(folder / "adapter_config.json").is_file() for folder in inner]
     if to != "merged" and len(inner) > 1:
         raise RequestError(f"the form {to} is made from one artefact.", code="form", where="--with", remedy="Leave --with out.")  # fmt: skip
     if to == "gguf":
         under, known = base_of(inner[0], sources[0]) if is_adapter[0] and base is None else (base, None)
-        return _to_gguf(inner[0], under if is_adapter[0] else None, known, out, quant, prove)
+        return _to_gguf(inner[0], under if is_adapter[0] else None, known, out, quant, prove, again)
     if to == "quantized" and not is_adapter[0]:
-        return _to_quantised(inner[0], out, packing, dtype, shard_bytes, prove)
+        return _to_quantised(inner[0], out, packing, dtype, shard_bytes, prove, again)
     if (to in ("transformers", "quantized")) == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged, adapter or gguf" if is_adapter[0] else "transformers, gguf or quantized"
@@ -161,10 +162,12 @@ def export_folder(
     else:
         said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
     opens = "PeftModel.from_pretrained" if to == "adapter" else "AutoModelForCausalLM.from_pretrained"
-    return Exported(out, to, opens, proof_line(out), tuple(said))
+    return Exported(out, to, opens, proof_line(out), (*again, *said))
 
 
-def _to_gguf(folder: Path, base: Path | None, known: str | None, out: Path, quant: str | None, prove: bool) -> Exported:
+def _to_gguf(
+    folder: Path, base: Path | None, known: str | None, out: Path, quant: str | None, prove: bool, said: list[str]
+) -> Exported:
     """A model's file, or with its base an adapter's; what transformers is needed for is imported here, not by other forms."""
     from luthier.export.gguf.lora import export_gguf_lora
     from luthier.export.gguf.write import export_gguf
@@ -173,18 +176,18 @@ def _to_gguf(folder: Path, base: Path | None, known: str | None, out: Path, quan
         made = export_gguf_lora(folder, base, out, quant=quant, expected_base=known, prove=prove)
     else:
         made = export_gguf(folder, out, quant=quant, prove=prove)
-    return Exported(out / made.file, "gguf", made.served(out), made.proof)
+    return Exported(out / made.file, "gguf", made.served(out), made.proof, tuple(said))
 
 
 def _to_quantised(
-    folder: Path, out: Path, packing: str | None, dtype: str | None, shard_bytes: int, prove: bool
+    folder: Path, out: Path, packing: str | None, dtype: str | None, shard_bytes: int, prove: bool, said: list[str]
 ) -> Exported:
     from luthier.export.quantised import export_quantised, form_of
 
     form = form_of(packing)
     notes = export_quantised(folder, out, form=form, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
     opens = "AutoModelForCausalLM.from_pretrained"
-    return Exported(out, "quantized", f"vllm serve, or {opens}" if form == "fp8" else opens, proof_line(out), tuple(notes))  # fmt: skip
+    return Exported(out, "quantized", f"vllm serve, or {opens}" if form == "fp8" else opens, proof_line(out), (*said, *notes))  # fmt: skip
 
 
 def _gguf_file(path: Path) -> Path | None:
