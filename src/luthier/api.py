@@ -173,6 +173,7 @@ def export(
     onto: str | None = None,
     quant: str | None = None,
     packing: str | None = None,
+    rank: int | None = None,
     prove: bool = True,
 ) -> Exported:
     """Write another form of an artefact: ``merged``, ``transformers`` (re-sharded, cast), ``adapter``, ``gguf`` or ``quantized``.
@@ -189,7 +190,8 @@ def export(
     ]
     return export_folder(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
-        weights=weights, combine=combine, density=density, seed=seed, onto=onto, quant=quant, packing=packing, prove=prove,
+        weights=weights, combine=combine, density=density, seed=seed, onto=onto, quant=quant, packing=packing, rank=rank,
+        prove=prove,
     )  # fmt: skip
 
 

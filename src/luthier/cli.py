@@ -180,6 +180,12 @@ def _parser(verb: str) -> ArgumentParser:
         add("--dtype", metavar="DTYPE", help="bf16, fp16 or fp32 (as it is)")
         add("--quant", metavar="KIND", help="with --to gguf: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M or Q4_K_M (F16)")
         add("--format", metavar="PACKING", help="with --to quantized: nf4, int8 or fp8 (nf4)")
+        add(
+            "--rank",
+            type=int,
+            metavar="R",
+            help="with --to adapter: recover it from a merged SRC and --base, with this rank",
+        )
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
         add("--no-proof", action="store_true", help="neither read the result back nor open it with plain libraries")
     if verb == "eval":
@@ -340,7 +346,8 @@ def _export(options: Namespace) -> int:
         [Path(_meant(path)) for path in (options.source, *options.others)], Path(options.target), to=options.to,
         base=Path(options.base) if options.base else None, dtype=options.dtype, shard_size=options.shard_size,
         weights=weights_of(options.weights), combine=options.combine, density=options.density, seed=options.seed,
-        onto=options.onto, quant=options.quant, packing=options.format, prove=not options.no_proof,
+        onto=options.onto, quant=options.quant, packing=options.format, rank=options.rank, prove=not options.no_proof,
+        say=_say_progress,
     )  # fmt: skip
     print(made)
     return 0

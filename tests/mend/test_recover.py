@@ -12,6 +12,7 @@ from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
 import luthier
+from luthier.cli import main
 from luthier.export.mend.recover import noise_floor
 
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -136,3 +137,24 @@ def test_noise_floor_is_just_above_what_rounding_does(dtype):
     noise = torch.linalg.matrix_norm(weight.to(dtype).float() - weight, 2)
     floor = noise_floor(torch.zeros_like(weight), weight.to(dtype))
     assert noise < floor < 1.6 * noise
+
+
+def test_export_to_adapter_recovers_it_from_a_merged_model_and_its_base(tmp_path, capsys):
+    base, merged = make_merged(tmp_path, dtype=torch.float32)
+    arguments = ["export", str(merged), str(tmp_path / "out"), "--to", "adapter", "--base", str(base)]
+    assert main([*arguments, "--rank", "4", "--no-proof"]) == 0
+    assert "recovered from the difference to the base" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 4
+    torch.testing.assert_close(recovered(base, tmp_path / "out"), plain(merged), rtol=1e-4, atol=1e-4)
+
+
+def test_export_to_adapter_says_what_it_needs_and_what_a_rank_is_for(tmp_path, capsys):
+    base, merged = make_merged(tmp_path, dtype=torch.float32)
+    assert main(["export", str(merged), str(tmp_path / "out"), "--to", "adapter"]) == 2
+    assert "--base BASE" in capsys.readouterr().err
+    assert main(["export", str(merged), str(tmp_path / "out"), "--to", "adapter", "--rank", "4"]) == 2
+    assert "--rank is for an adapter recovered" in capsys.readouterr().err
+    assert main(["export", str(merged), str(tmp_path / "out"), "--to", "transformers", "--rank", "4"]) == 2
+    assert "--rank is not for the form transformers" in capsys.readouterr().err
+    assert main(["export", str(base), str(tmp_path / "out"), "--to", "adapter", "--base", str(base)]) == 2
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from luthier.report import serving
 FORMS = {  # and the flags that mean something there, beside --base, --with, --seed and --no-proof
     "merged": ("--dtype", "--shard-size", "--weights", "--combine", "--density", "--onto"),
     "transformers": ("--dtype", "--shard-size"),
-    "adapter": ("--dtype",),
+    "adapter": ("--dtype", "--rank"),
     "gguf": ("--quant",),
     "quantized": ("--dtype", "--shard-size", "--format"),
 }
@@ -87,9 +87,11 @@ def export_folder(
     onto: str | None = None,
     quant: str | None = None,
     packing: str | None = None,
+    rank: int | None = None,
     prove: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Export to ``merged``, ``transformers`` or ``adapter``.
+    """Export to one of `FORMS`.
 
     Args:
         sources: one artefact; for ``merged`` also several adapters on the same base.
@@ -100,6 +102,8 @@ def export_folder(
         seed: of what the dare methods drop.
         onto: where the adapter was trained on a quantised base: ``trained``, the values it saw, or ``original``, the
             weights given as ``base``. Without it, what ``base`` or the adapter names.
+        rank: of an adapter recovered from a merged model and its ``base``; from the spectrum of each layer without it.
+        say: told of each layer as an adapter is recovered.
 
     Raises:
         RequestError: the form is unknown or does not go with what is there, or ``out`` exists.
@@ -107,7 +111,7 @@ def export_folder(
     """
     if to not in FORMS:
         raise RequestError(f"there is no form {to!r}.", code="form", where="--to", remedy=f"Take one of {', '.join(FORMS)}.")  # fmt: skip
-    given = {"--dtype": dtype, "--shard-size": shard_size, "--weights": weights, "--combine": combine, "--density": density, "--onto": onto, "--quant": quant, "--format": packing}  # fmt: skip
+    given = {"--dtype": dtype, "--shard-size": shard_size, "--weights": weights, "--combine": combine, "--density": density, "--onto": onto, "--quant": quant, "--format": packing, "--rank": rank}  # fmt: skip
     strange = [flag for flag, value in given.items() if value is not None and flag not in FORMS[to]]
     if strange:
         fitting = " or ".join(form for form, flags in FORMS.items() if strange[0] in flags)
@@ -135,9 +139,15 @@ def export_folder(
         return _to_gguf(inner[0], under if is_adapter[0] else None, known, out, quant, prove, again)
     if to == "quantized" and not is_adapter[0]:
         return _to_quantised(inner[0], out, packing, dtype, shard_bytes, prove, again)
+    if to == "adapter" and not is_adapter[0] and base is not None:
+        return _recovered(inner[0], out, base, dtype, rank, prove, again, say)
+    if rank is not None:
+        raise RequestError("--rank is for an adapter recovered from a merged model and its base.", code="form", where="--rank", remedy="Leave it out; or name a model as SRC, and its base with --base.")  # fmt: skip
     if (to in ("transformers", "quantized")) == is_adapter[0] or (to == "merged" and not all(is_adapter)):
         what = "an adapter" if is_adapter[0] else "a model"
         fitting = "merged, adapter or gguf" if is_adapter[0] else "transformers, gguf or quantized"
+        if to == "adapter":
+            fitting += ", or name its base (--base BASE), and the adapter is recovered from what differs"
         if is_adapter[0] and to == "quantized":
             fitting = "merged first, and what comes of that to quantized"
         raise RequestError(f"{inner[0]} is {what}, which cannot be exported to {to}.", code="form", where="--to", remedy=f"Export it to {fitting}.")  # fmt: skip
@@ -188,6 +198,20 @@ def _to_quantised(
     notes = export_quantised(folder, out, form=form, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
     opens = "AutoModelForCausalLM.from_pretrained"
     return Exported(out, "quantized", f"vllm serve, or {opens}" if form == "fp8" else opens, proof_line(out), (*said, *notes))  # fmt: skip
+
+
+def _recovered(
+    merged: Path, out: Path, base: Path, dtype: str | None, rank: int | None, prove: bool, said: list[str], say: Callable[[str], None]
+) -> Exported:  # fmt: skip
+    """An adapter out of what differs between a model and its base; mending does the same and more."""
+    from luthier.export.mend.mend import mend
+
+    if dtype is not None:
+        raise RequestError("a recovered adapter is in fp32, since it is computed from a difference.", code="form", where="--dtype", remedy="Leave --dtype out; exporting the adapter again casts it.")  # fmt: skip
+    folders.check_target(out, [merged, base])
+    made = mend(merged, out, base=base, rank=rank, recover_adapter=True, prove=prove, say=say)
+    notes = (*said, *(step["what"] for step in made.done), *made.table.splitlines())
+    return Exported(out, "adapter", "PeftModel.from_pretrained", made.checked, notes)
 
 
 def _gguf_file(path: Path) -> Path | None:
