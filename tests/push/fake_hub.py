@@ -46,6 +46,7 @@ class FakeHub:
         self.large = (".safetensors", ".gguf", ".bin")
         self.held: str | None = None
         self.spoiled: str | None = None
+        self.breaks: str | None = None
         self.arrived, self.released = threading.Event(), threading.Event()
         hub = self
 
@@ -123,6 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{method} {path}")
+        if self.hub.breaks and self.hub.breaks in f"{method} {path}":
+            self.close_connection = True
+            return None
         for what, status, message in self.hub.refusals:
             if what in f"{method} {path}":
                 return self._error(status, message)

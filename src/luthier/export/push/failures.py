@@ -36,7 +36,9 @@ def explained(repo: str, endpoint: str, doing: str) -> Iterator[None]:
 
 def explain(error: BaseException, repo: str, endpoint: str, doing: str) -> LuthierError:
     """The failure as one error; where it is the repository's id."""
-    chain = _chain(error)
+    chain, text = _chain(error), _text(error, lines=4)
+    if "Invalid metadata in README.md" in text:
+        return _card(text, repo)
     for cause in chain:
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return RequestError("HF_HUB_OFFLINE is set, so no request was made.", code="hub-offline", where=repo, remedy="Unset it (and TRANSFORMERS_OFFLINE) to push.")  # fmt: skip
@@ -53,9 +55,6 @@ def explain(error: BaseException, repo: str, endpoint: str, doing: str) -> Luthi
                 where=repo,
                 remedy=f"Check the network, or give another hub by --endpoint or HF_ENDPOINT. {AGAIN}",
             )
-    text = _text(error, lines=4)
-    if "Invalid metadata in README.md" in text:
-        return _card(text, repo)
     if "LFS batch API returned errors" in text:
         return _too_large(text, repo) if _LARGE.search(text) else _refused(text, repo, doing)
     return _failed(f"{doing} failed ({type(error).__name__}: {text})", repo)
@@ -108,7 +107,7 @@ def _by_status(error: errors.HfHubHTTPError, repo: str, endpoint: str, doing: st
     if status == 413 or _LARGE.search(said):
         return _too_large(said or f"status {status}", repo)
     if status == 400:
-        return _card(said, repo) if "README" in said else _refused(said or "status 400", repo, doing)
+        return _refused(said or "status 400", repo, doing)
     return _failed(f"the hub at {endpoint} answered with status {status} while {doing}.{because}", repo)
 
 
