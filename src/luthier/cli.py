@@ -98,7 +98,9 @@ def _guarded(verb: str, given: list[str]) -> int:
         _say_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _say_error("interrupted; published checkpoints are whole.")
+        _say_error(
+            f"interrupted; {'the same command goes on' if verb == 'push' else 'published checkpoints are whole'}."
+        )
         sys.stdout.flush()
         os._exit(EXIT_FAILURE)  # at once: a save in flight is left as the hidden folder that the next start removes
     except BrokenPipeError:  # `luthier … | head`

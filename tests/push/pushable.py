@@ -11,9 +11,9 @@ from luthier.artifacts.manifest import Manifest, digest_file, stretches
 from luthier.artifacts.tensorfile import read_header
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "artifacts"))
-from folders import make_adapter, make_model, make_shards, write_json
+from folders import gguf_file, make_adapter, make_model, make_shards, write_json
 
-__all__ = ["finished_run", "make_adapter", "make_model", "make_shards", "ours", "write_json"]
+__all__ = ["finished_run", "gguf_file", "make_adapter", "make_model", "make_shards", "ours", "write_json"]
 
 PROOF = {"verdict": "passed", "passed": True, "says": "opened by plain libraries, equal bits.", "format": 1}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_hub import TOKEN
 from huggingface_hub import constants
-from pushable import PROOF, finished_run, make_adapter, make_model, make_shards, ours, write_json
+from pushable import PROOF, finished_run, gguf_file, make_adapter, make_model, make_shards, ours, write_json
 
 from luthier.artifacts.manifest import verify
 from luthier.errors import ArtifactError, RequestError
@@ -22,6 +22,8 @@ SRC = Path(__file__).parents[2] / "src"
 
 def test_a_run_sends_its_final_folder_privately_and_is_whole_when_it_comes_back(hub, tmp_path):
     run = finished_run(tmp_path / "run")
+    for name in ("train.log", "trainer_state.json", ".luthier-x"):
+        (run / "final" / name).write_text("{}")
     made = push(run, "me/model")
     held = hub.repos["me/model"]
     assert held.private and made.private and made.new
@@ -250,3 +252,41 @@ def test_adapters_in_folders_of_their_own_go_with_them(hub, tmp_path):
         make_adapter(tmp_path / "both" / name)
     push(tmp_path / "both", "me/model")
     assert {"first/adapter_model.safetensors", "second/adapter_config.json"} <= set(hub.repos["me/model"].files())
+
+
+def test_a_folder_of_gguf_files_goes_with_its_modelfile_and_a_single_file_does_not(hub, tmp_path):
+    folder = tmp_path / "gguf"
+    for name in ("model-F16", "model-Q8_0"):
+        gguf_file(folder / f"{name}.gguf", {"general.architecture": "llama", "general.name": name})
+    (folder / "Modelfile").write_text("FROM ./model-F16.gguf")
+    with pytest.raises(RequestError) as error:
+        push(folder / "model-F16.gguf", "me/model")
+    assert error.value.code == "not-pushable" and str(folder) in error.value.remedy
+    push(folder, "me/model")
+    assert {"model-F16.gguf", "model-Q8_0.gguf", "Modelfile", "README.md"} <= set(hub.repos["me/model"].files())
+
+
+def test_of_a_run_with_stages_the_last_one_goes_when_all_are_finished(hub, tmp_path):
+    chain = tmp_path / "chain"
+    write_json(chain / "run.yaml", {"stages": [{"name": "a"}, {"name": "b"}]})
+    finished_run(chain / "1-a")
+    with pytest.raises(RequestError) as error:
+        push(chain, "me/model")
+    assert error.value.code == "no-final" and not hub.asked
+    finished_run(chain / "2-b", r=8)
+    push(chain, "me/model")
+    assert json.loads(hub.repos["me/model"].files()["adapter_config.json"])["r"] == 8
+
+
+def test_tokens_that_look_like_paths_stay_what_they_are(hub, tmp_path):
+    folder = make_model(tmp_path / "model", config={"_name_or_path": "/data/someone/base"})
+    told = {
+        "added_tokens": [{"content": "/end/of/turn"}],
+        "name_or_path": "/data/someone/base",
+        "chat_template": "{{ x }}/a/b",
+    }
+    write_json(folder / "tokenizer_config.json", told)
+    push(folder, "me/model")
+    files = hub.repos["me/model"].files()
+    assert json.loads(files["tokenizer_config.json"]) == {**told, "name_or_path": "base"}
+    assert json.loads(files["config.json"])["_name_or_path"] == "base"

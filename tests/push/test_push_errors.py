@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from fake_hub import TOKEN
@@ -62,11 +63,25 @@ def test_no_right_to_write_to_a_repository_that_can_be_read(hub, run):
     assert failed(run).code == "hub-permission"
 
 
+@pytest.fixture
+def logged():
+    """What the client logs while it tries again."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("huggingface_hub.utils._http")
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
+
+
 @pytest.mark.parametrize("where", ["/api/repos/create", "preupload", "objects/batch", "PUT /storage", "/commit/", "/tree/"])  # fmt: skip
-def test_an_error_of_the_server_at_any_step_says_to_run_it_again(hub, run, impatient, where):
+def test_an_error_of_the_server_at_any_step_says_to_run_it_again(hub, run, impatient, logged, where):
     hub.refuse(where, 503, "Service is overloaded")
     error = failed(run)
     assert (error.code, error.exit_code) == ("hub-failed", 1)
+    assert not any("secretkey" in line for line in logged)
+    assert any("/storage/" in line for line in logged) == (where == "PUT /storage")
     assert "503" in error.message and "overloaded" in error.message and "same command" in error.remedy
     hub.refusals.clear()
     assert push(run, "me/model").checked == 5

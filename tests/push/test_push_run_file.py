@@ -44,6 +44,7 @@ def test_the_proven_result_is_pushed_and_opens_as_it_comes_back(hub, tmp_path):
     assert asked_when_proven == []  # training itself asks no hub for anything
     proven, pushed = (next(i for i, text in enumerate(said) if text.startswith(word)) for word in ("proof: ", "pushed: "))  # fmt: skip
     assert proven < pushed and "checksums" in said[pushed]
+    assert str(tmp_path) not in (run.final / "README.md").read_text()
     folder = hub.download("me/model", tmp_path / "again", "trained")
     assert verify(folder)[1] == []
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -103,6 +104,14 @@ def test_plan_says_that_there_is_no_login(hub, tmp_path, monkeypatch):
     assert config.push is not None and config.push.private
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert pushing.check(config) == []
+
+
+def test_an_adapter_that_will_rest_on_the_run_s_own_base_is_a_note(hub, tmp_path):
+    base = {"path": str(make_llama(tmp_path / f"models--owner--base/snapshots/{'a' * 40}")), "new_tokens": ["<x>"]}
+    given = {**run_file(tmp_path, adapter="lora", push="me/model"), "model": base}
+    assert "base/" in pushing.check(parse_run(given))[0]
+    given["push"] = {"id": "me/model", "base": "me/base"}
+    assert pushing.check(parse_run(given)) == []
 
 
 def test_of_several_stages_the_last_one_is_pushed(tmp_path):

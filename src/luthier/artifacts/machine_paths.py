@@ -11,6 +11,7 @@ from typing import Any
 
 _WHOLE = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[\\/][^\n{}<>\"]*[^\s\\/{}<>\"][\\/]*")
 _IN_TEXT = re.compile(r"(?<![\w:/.~\-\\])(?:/[\w.@+-]+){2,}")
+_PLACE = re.compile(r"(^|_)(name|path|run|folder|file|files|parents|where)$")
 _SYSTEM = ("/usr/", "/bin/", "/sbin/", "/etc/", "/dev/", "/proc/", "/sys/", "/lib")
 _SNAPSHOT = re.compile(
     r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]?"
@@ -29,17 +30,22 @@ def snapshot(path: str) -> tuple[str, str] | None:
     return (f"{found['owner']}/{found['name']}", found["commit"]) if found and not path[found.end() :] else None
 
 
-def without_paths(value: Any, names: Mapping[str, str]) -> Any:
-    """A JSON value in which paths are replaced: those in ``names`` by what stands there, others by their last part."""
+def without_paths(value: Any, names: Mapping[str, str], *, named: bool = True) -> Any:
+    """A JSON value in which paths are replaced: those in ``names`` by what stands there, others by their last part.
+
+    Args:
+        named: whether the value stands where a place is named, so that a path of any machine counts; of the values of
+            an object only those do whose key says so. A token of a tokenizer may look like a path.
+    """
     if isinstance(value, dict):
-        return {key: without_paths(item, names) for key, item in value.items()}
+        return {key: without_paths(item, names, named=bool(_PLACE.search(str(key)))) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(item, names) for item in value]
+        return [without_paths(item, names, named=named) for item in value]
     if not isinstance(value, str):
         return value
     if value in names:
         return names[value]
-    if _WHOLE.fullmatch(value) and len(re.findall(r"[\\/]", value.rstrip("\\/"))) > 1:
+    if named and _WHOLE.fullmatch(value) and len(re.findall(r"[\\/]", value.rstrip("\\/"))) > 1:
         return PureWindowsPath(value).name
     return text_without_paths(value, names)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from luthier.artifacts.machine_paths import is_path, snapshot
 from luthier.config.schema import RunConfig
-from luthier.errors import RequestError
+from luthier.errors import LuthierError
 from luthier.export.push.outbound import named_by_path
 from luthier.export.push.push import command, push
 from luthier.export.push.upload import check_login, default_endpoint
@@ -30,11 +30,18 @@ def check(config: RunConfig) -> list[str]:
     base = config.model.path
     if config.adapter is not None and base and wanted.base is None and is_path(base) and snapshot(base) is None:
         raise named_by_path(base, "push.base", "push: {id: …, base: OWNER/NAME}")
+    notes = []
+    if (
+        config.adapter is not None
+        and wanted.base is None
+        and (config.model.new_tokens or config.adapter.then == "merge")
+    ):
+        notes.append("push: the adapter will rest on this run's own base/, which has to be on the hub for anybody to open the adapter. Push that folder after the training, then the adapter with --base, or set push.base to the name it will have.")  # fmt: skip
     try:
         check_login(wanted.id, default_endpoint())
-    except RequestError as error:
-        return [f"push: {error.message} {error.remedy} Training goes on; without it the result stays here."]
-    return []
+    except LuthierError as error:
+        notes.append(f"push: {error.message} {error.remedy} Training goes on; without it the result stays here.")
+    return notes
 
 
 def how(config: RunConfig, final: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,23 @@ def explained(repo: str, endpoint: str, doing: str) -> Iterator[None]:
     except Exception as error:  # the client, its HTTP library and hf_xet each raise their own
         # `from None`: the client's own texts name links that are keys to the storage while they last
         raise explain(error, repo, endpoint, doing) from None
+
+
+class _Redacting(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage()), ()
+        return True
+
+
+@contextmanager
+def quiet_secrets() -> Iterator[None]:
+    """Keep keys out of the client's own log lines within the block: it names each link that it tries again."""
+    log, redacting = logging.getLogger("huggingface_hub.utils._http"), _Redacting()
+    log.addFilter(redacting)
+    try:
+        yield
+    finally:
+        log.removeFilter(redacting)
 
 
 def explain(error: BaseException, repo: str, endpoint: str, doing: str) -> LuthierError:

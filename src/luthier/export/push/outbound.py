@@ -29,6 +29,7 @@ from luthier.export.push.parcel import CARD, Parcel
 from luthier.report import serving
 
 _MAY_NAME_PLACES = re.compile(r"(.*_)?config\.json|proof\.json")
+_OWN_LINE = re.compile(r"^luthier push FOLDER .*\n", re.MULTILINE)
 _HEAD = re.compile(r"\A---\n(.*?\n)---[ \t]*(?:\n|\Z)", re.DOTALL)
 
 
@@ -140,7 +141,8 @@ def _write_card(parcel: Parcel, out: Outbound, repo: str, revision: str | None) 
         proof = out.folder / "proof.json"
         told = serving.card(out.folder, proof.read_bytes() if proof.is_file() else None)
     here = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
-    card = _with_base(told.replace('from_pretrained("FOLDER"', f"from_pretrained({here}"), out.base)
+    public = _OWN_LINE.sub("", told)
+    card = _with_base(public.replace('from_pretrained("FOLDER"', f"from_pretrained({here}"), out.base)
     if not path.is_file() or card != told:
         path.unlink(missing_ok=True)
         write_file(path, card.encode())

@@ -12,6 +12,7 @@ from luthier.artifacts.files import readable_size
 from luthier.artifacts.machine_paths import text_without_paths
 from luthier.config.hub_id import wrong_id
 from luthier.errors import RequestError
+from luthier.export.push.failures import quiet_secrets
 from luthier.export.push.outbound import ready
 from luthier.export.push.parcel import Parcel, find
 from luthier.export.push.upload import Place, Say, check_login, default_endpoint, send
@@ -44,6 +45,12 @@ class Pushed:
             f"{self.url} ({state}) {'holds' if self.new else 'already held'} {what}, commit {self.commit[:12]}",
             f"read back: all {self.checked} have the checksums of the files here",
         ]
+        if self.proof is None:
+            lines.append(
+                "no proof lies beside these weights: what was pushed is what is here, and nothing is said of what it computes"
+            )
+        elif self.proof != "passed":
+            lines.append(f"its proof is {self.proof}")
         lines += [f"left here: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join(lines)
 
@@ -89,7 +96,8 @@ def push(
     parcel = find(Path(path), unproven=unproven)
     with ready(parcel, repo, base=base, revision=revision) as out:
         say(f"uploading {len(parcel.files)} files, {readable_size(parcel.size)}, to {place.url}")
-        sent = send(out.folder, place, private=private, replace=replace, describe=_description(parcel), say=say)
+        with quiet_secrets():
+            sent = send(out.folder, place, private=private, replace=replace, describe=_description(parcel), say=say)
         sizes = [file.stat().st_size for file in out.folder.rglob("*") if file.is_file()]
     verdict = (parcel.proof or {}).get("verdict")
     return Pushed(
