@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # typing takes longer to import than this package; type c
 if TYPE_CHECKING:
     from typing import Any
 
-    from luthier.api import combine, describe, export, load, mend, resume, save, train
+    from luthier.api import combine, describe, export, load, mend, push, resume, save, train
     from luthier.checkpoint.checkpoints import Checkpoints
     from luthier.config.schema import RunConfig
 
@@ -24,13 +24,14 @@ _HOMES = {
     "train": "luthier.api",
     "resume": "luthier.api",
     "mend": "luthier.api",
+    "push": "luthier.api",
     "describe": "luthier.api",
     "export": "luthier.export",
     "Checkpoints": "luthier.checkpoint.checkpoints",
     "RunConfig": "luthier.config.schema",
 }
 
-__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "combine", "describe", "export", "load", "mend", "resume", "save", "train"]  # fmt: skip
+__all__ = ["ArtifactError", "Checkpoints", "LuthierError", "RequestError", "RunConfig", "Stopped", "combine", "describe", "export", "load", "mend", "push", "resume", "save", "train"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The library's face: load, save, train, resume, describe, mend. Composes the parts and decides nothing itself."""
+"""The library's face: load, save, train, resume, describe, mend, push. Composes the parts and decides nothing itself."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from luthier.errors import ArtifactError, RequestError
 from luthier.export.forms import Exported, export_folder
 from luthier.export.mend.mend import mend
 from luthier.export.proof.prove import TEXTS, Probe, Proof, compare, live_answers, make_probe, plain_answers
+from luthier.export.push import push as pushing
+from luthier.export.push.push import Pushed
 from luthier.loading import load
 from luthier.models import stack
 from luthier.models.describe import Description, describe
@@ -31,7 +33,7 @@ from luthier.training.locate import Location, locate
 from luthier.training.resolve import pick_device
 from luthier.training.run import Run
 
-__all__ = ["Description", "Written", "combine", "describe", "load", "mend", "prove", "resume", "save", "train"]
+__all__ = ["Description", "Written", "combine", "describe", "load", "mend", "prove", "push", "resume", "save", "train"]
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的狐狸。 0123456789"
 
@@ -192,6 +194,34 @@ def export(
         paths, Path(dst), to=to, base=None if base is None else Path(base), dtype=dtype, shard_size=shard_size,
         weights=weights, combine=combine, density=density, seed=seed, onto=onto, quant=quant, packing=packing, rank=rank,
         prove=prove,
+    )  # fmt: skip
+
+
+def push(
+    path: str | os.PathLike[str],
+    id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    base: str | None = None,
+    replace: bool = False,
+    unproven: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Pushed:
+    """Upload an artefact to the hub, and compare what the hub then holds with it, checksum by checksum.
+
+    Args:
+        path: a run (its final folder), RUN@best, a checkpoint, an adapter, a model or a GGUF folder.
+        id: the repository, OWNER/NAME.
+
+    Raises: as ``luthier.export.push.push.push``, where the other arguments are described.
+    """
+    text = os.fspath(path)
+    meant = locate(text).path if text.endswith(("@best", "@newest", "@final")) else Path(text)
+    return pushing.push(
+        meant, id, private=private, revision=revision, endpoint=endpoint, base=base, replace=replace,
+        unproven=unproven, say=say,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ VERBS = {
         "SRC DST --to FORM",
         "write another form: merged, transformers, adapter, gguf or quantized; streams; proves",
     ),
+    "push": ("DST ID", "upload to the hub, private unless told, resumable; compare what it then holds"),
     "eval": ("PATH DATA [--against PATH]", "loss and task metrics of any artefact"),
     "mend": ("SRC DST [--base PATH]", "write a repaired copy where the remedy is certain"),
     "chat": ("PATH [--prompt TEXT]", "talk to whatever is there"),
@@ -97,7 +98,9 @@ def _guarded(verb: str, given: list[str]) -> int:
         _say_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _say_error("interrupted; published checkpoints are whole.")
+        _say_error(
+            f"interrupted; {'the same command goes on' if verb == 'push' else 'published checkpoints are whole'}."
+        )
         sys.stdout.flush()
         os._exit(EXIT_FAILURE)  # at once: a save in flight is left as the hidden folder that the next start removes
     except BrokenPipeError:  # `luthier … | head`
@@ -156,7 +159,7 @@ def _parser(verb: str) -> ArgumentParser:
         add("--dry-run", action="store_true", help="the same as `luthier plan`")
     if verb in ("inspect", "verify", "prove", "eval", "chat"):
         add("path", metavar="PATH", help="a run, RUN@best, a checkpoint, an adapter, a model folder or a GGUF file")
-    if verb in ("inspect", "verify", "eval", "prove", "plan", "mend"):
+    if verb in ("inspect", "verify", "eval", "prove", "plan", "mend", "push"):
         add("--json", action="store_true", help="print one JSON object")
     if verb == "data":
         add("--samples", type=_number(int, 0), default=3, metavar="N", help="how many samples to show (3)")
@@ -188,6 +191,21 @@ def _parser(verb: str) -> ArgumentParser:
         )
         add("--shard-size", metavar="SIZE", help="largest file, such as 2GB (4GiB)")
         add("--no-proof", action="store_true", help="neither read the result back nor open it with plain libraries")
+    if verb == "push":
+        add(
+            "path",
+            metavar="DST",
+            help="a run (its final/), RUN@best, a checkpoint, an adapter, a model or a GGUF folder",
+        )
+        add("id", metavar="ID", help="the repository on the hub, OWNER/NAME; made where it does not exist")
+        seen = parser.add_mutually_exclusive_group()
+        seen.add_argument("--public", action="store_true", help="everybody may see it; needed for one that is public")
+        seen.add_argument("--private", action="store_true", help="only its owner may see it (this is the default)")
+        add("--revision", metavar="BRANCH", help="a branch, made where it does not exist (main)")
+        add("--endpoint", metavar="URL", help="another hub (HF_ENDPOINT, or the public one)")
+        add("--base", metavar="ID", help="what the base under an adapter is called on the hub, where it is a path here")
+        add("--replace", action="store_true", help="remove weights of another upload that DST doesn't have")
+        add("--unproven", action="store_true", help="push although the proof failed")
     if verb == "eval":
         add("data", metavar="DATA", help="a data file, or a run file whose data.eval is used")
         add("--against", metavar="PATH", help="a second artefact, measured side by side")
@@ -353,6 +371,19 @@ def _export(options: Namespace) -> int:
     return 0
 
 
+def _push(options: Namespace) -> int:
+    from pathlib import Path
+
+    from luthier.export.push.push import push
+
+    made = push(
+        Path(_meant(options.path)), options.id, private=not options.public, revision=options.revision, base=options.base,
+        endpoint=options.endpoint, replace=options.replace, unproven=options.unproven, say=_say_progress,
+    )  # fmt: skip
+    _print_json(made.as_dict()) if options.json else print(made)
+    return 0
+
+
 def _eval(options: Namespace) -> int:
     from luthier.api import load
     from luthier.training.eval_artefact import evaluate_artefacts
@@ -432,5 +463,5 @@ def _print_json(value: Any) -> None:
 
 _RUN: dict[str, Callable[[Namespace], int]] = {
     "train": _train, "resume": _resume, "plan": _plan, "data": _data, "inspect": _inspect, "verify": _verify,
-    "prove": _prove, "export": _export, "eval": _eval, "mend": _mend, "chat": _chat, "schema": _schema, "demo": _demo,
+    "prove": _prove, "export": _export, "push": _push, "eval": _eval, "mend": _mend, "chat": _chat, "schema": _schema, "demo": _demo,
 }  # fmt: skip

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_llama
 
 from luthier.api import load
-from luthier.artifacts.run_folder import folder_of, published
+from luthier.artifacts.run_folder import FAILED_PROOF, folder_of, published
 from luthier.errors import ArtifactError
-from luthier.export.final import FAILED, make_final
+from luthier.export.final import make_final
 from luthier.export.proof.prove import Answers, Probe, live_answers, make_probe
 from luthier.training.finish import stored_proof
 
@@ -67,8 +67,8 @@ def _prove(case: Case, run: Path, damage: Callable[[Path], None]) -> dict:
         assert not (run / "final").exists()
         assert not list(run.glob(".partial*"))
         assert [found.step for found in published(run)] == [STEPS]
-        return json.loads((run / FAILED).read_text())
-    assert not (run / FAILED).exists()
+        return json.loads((run / FAILED_PROOF).read_text())
+    assert not (run / FAILED_PROOF).exists()
     return stored_proof(final)
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+FAILED_PROOF = "proof-failed.json"  # beside run.yaml, where a run's result was not what was trained
 _STAGE = re.compile(r"(\d+)-.+")
 _NAME = re.compile(r"step-(\d{8,})")
 

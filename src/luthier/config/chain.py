@@ -94,7 +94,8 @@ def _chain(values: dict[str, Any], origin: Origin, overrides: Sequence[str]) -> 
     given = _by_stage(overrides, names)
     stages: list[Stage] = []
     for index, (item, name) in enumerate(zip(items, names, strict=True)):
-        merged = _laid_over(values, {key: value for key, value in item.items() if key != "name"})
+        shared = values if index + 1 == len(items) else {key: value for key, value in values.items() if key != "push"}
+        merged = _laid_over(shared, {key: value for key, value in item.items() if key != "name"})
         for text in given[index]:
             override(merged, text)
         _follow(merged, item, stages[-1] if stages else None, origin, index)
@@ -134,7 +135,9 @@ def _by_stage(overrides: Sequence[str], names: Sequence[str]) -> list[list[str]]
     for text in overrides:
         key = text.partition("=")[0].strip()
         if not key.startswith("stages."):
-            for each in given:
+            for each in (
+                given[-1:] if key.partition(".")[0] == "push" else given
+            ):  # only the last stage's result is the chain's
                 each += [text] if key != "output" else []
             continue
         _, wanted, rest = (*text.split(".", 2), "")[:3]

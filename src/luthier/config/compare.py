@@ -33,7 +33,7 @@ CHOSEN_AT_START = frozenset(
 """Keys whose null means "chosen when the run starts": left unset later, the choice of then stands."""
 
 _ALTERNATIVES = (("train.epochs", "train.steps"), ("train.batch_tokens", "train.batch_samples"))
-_FREE = ("log", "callbacks", "evaluate", "checkpoint", "output")
+_FREE = ("log", "callbacks", "push", "evaluate", "checkpoint", "output")
 _CONTINUING = ("train.epochs", "train.steps")
 _MAPPINGS = ("data.columns",)
 

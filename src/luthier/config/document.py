@@ -47,7 +47,7 @@ one:
 
 | kind | keys | what happens |
 | --- | --- | --- |
-| free | `log`, `callbacks`, `evaluate.*`, `checkpoint.*`, `output` | listed in the log |
+| free | `log`, `callbacks`, `push`, `evaluate.*`, `checkpoint.*`, `output` | listed in the log |
 | continuing | `train.epochs`, `train.steps` | the run goes on over the new length; the log says how the learning rate changes |
 | fixed | all others | an error that names them, unless permitted with `--allow KEY` |
 

@@ -458,7 +458,11 @@ _ROWS = [
     Foreign("report_to", "TUL", "wandb", _report),
     Foreign("use_wandb", "R", True, _if_true({"log": ["wandb"]})),
     Foreign("wandb_project", "A", "name", _no("`log: [wandb]`; its project is set as Weights & Biases documents it.")),
-    Foreign("push_to_hub", "T", True, _no("Uploading has no counterpart yet.")),
+    Foreign("push_to_hub", "T", True, _no("`push: OWNER/NAME` uploads the proven result.")),
+    Foreign("hub_model_id", "TA", "me/my-model", _to("push.id")),
+    Foreign("hub_private_repo", "T", True, _no("`push: {id: OWNER/NAME, private: true}`; private is the default.")),
+    Foreign("hub_strategy", "T", "every_save", _no("`push` uploads once, after the proof.")),
+    Foreign("hub_token", "T", "…", _no("Leave it out, and out of every file: `hf auth login`, or HF_TOKEN.")),
     # devices
     Foreign("enable_fsdp", "R", True, _no(_ONE_DEVICE)),
     Foreign("fsdp", "TLA", "full_shard", _no(_ONE_DEVICE)),

@@ -23,7 +23,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import RequestError
 
 EXCLUSIVE = (("train.epochs", "train.steps"), ("train.batch_tokens", "train.batch_samples"))
-SHORT_FORM = {"model": "path", "data.train": "path", "data.eval": "path", "adapter": "type"}
+SHORT_FORM = {"model": "path", "data.train": "path", "data.eval": "path", "adapter": "type", "push": "id"}
 
 
 def read_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

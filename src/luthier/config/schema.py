@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from luthier.config.hub_id import wrong_id
+
 FORMAT: Literal[1] = 1
 Precision = Literal["bf16", "fp16", "fp32", "nf4", "int8", "fp8"]
 QUANTISED = ("nf4", "int8", "fp8")
@@ -304,6 +306,30 @@ class CheckpointConfig(Section):
         return every
 
 
+class PushConfig(Section):
+    """Where on the hub the proven result goes. A push that fails is said, and never fails the run."""
+
+    id: str
+    """The repository, OWNER/NAME; made where it does not exist."""
+    private: bool = True
+    """Make it private. `false` is also needed for a repository that is public already."""
+    revision: str | None = None
+    """A branch, made where it does not exist; left out, the main one."""
+    base: str | None = None
+    """What the base under an adapter is called on the hub, where `model.path` is a path."""
+
+    @field_validator("id", "base")
+    @classmethod
+    def _is_an_id(cls, value: str | None) -> str | None:
+        if value is not None and wrong_id(value):
+            raise ValueError(wrong_id(value))
+        return value
+
+
+def _push_short_form(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
 def _model_short_form(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
@@ -346,6 +372,8 @@ class RunConfig(Section):
     """Loggers beside metrics.jsonl, if they are installed."""
     callbacks: list[str] = []
     """Functions of yours as `module:function`, called with an event at start, step, evaluation, checkpoint and end."""
+    push: Annotated[PushConfig | None, BeforeValidator(_push_short_form, json_schema_input_type=PushConfig | str | None)] = None  # fmt: skip
+    """Upload the proven result to the hub: OWNER/NAME, or {id, private, revision, base} ([export.md](export.md#to-the-hub)). With `stages` the last one's."""
     stages: list[dict[str, Any]] = []
     """A chain of runs in one file: each item's keys are laid over the others of the file; `name` names it ([stages.md](stages.md))."""
 

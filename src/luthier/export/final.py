@@ -14,11 +14,10 @@ from luthier.artifacts import fingerprint, publish
 from luthier.artifacts import manifest as manifests
 from luthier.artifacts.files import link_or_copy, write_file
 from luthier.artifacts.manifest import Digest, Manifest, digest_file, stretches
+from luthier.artifacts.run_folder import FAILED_PROOF
 from luthier.artifacts.tensorfile import Place
 from luthier.errors import ArtifactError
 from luthier.export.proof.prove import Answers, Probe, Proof, compare, largest_difference, plain_answers
-
-FAILED = "proof-failed.json"
 
 
 def make_final(
@@ -55,14 +54,14 @@ def make_final(
     found = plain_answers(partial, probe)
     before = None if kind == "adapter" or base is None else _answers_before(base, probe)
     proof = compare(expected, found, device=probe.device, before=before)
-    (run / FAILED).unlink(missing_ok=True)
+    (run / FAILED_PROOF).unlink(missing_ok=True)
     if proof.verdict == "failed":
-        (run / FAILED).write_bytes(proof.to_bytes())
+        (run / FAILED_PROOF).write_bytes(proof.to_bytes())
         shutil.rmtree(partial)
         raise ArtifactError(
             f"the proof failed: {proof.says} No final folder was published.",
             code="proof-failed",
-            where=str(run / FAILED),
+            where=str(run / FAILED_PROOF),
             remedy=f"The checkpoints are kept; {checkpoint} holds what was trained.",
         )
     if probe.quantisation is not None:

@@ -102,7 +102,10 @@ def _head(files: RunFiles, kind: str) -> str:
 def _data(files: RunFiles) -> str:
     names = [name if _is_hub_id(name) else Path(name).name for name in _sources(files.setting("data.train"))]
     rows = [("trained on", ", ".join(names))] if names else []
-    rows += [(text.words(str(key)), _cell(value)) for key, value in _mapping(files.facts.get("data")).items()]
+    told = {
+        key: value for key, value in _mapping(files.facts.get("data")).items() if key != "sources"
+    }  # they name places
+    rows += [(text.words(str(key)), _cell(value)) for key, value in told.items()]
     return f"## Data\n\n{_table(('', ''), rows)}" if rows else ""
 
 

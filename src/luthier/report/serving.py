@@ -108,7 +108,7 @@ def _python(code: str, name: str) -> str:
 
 
 def _push(name: str) -> str:
-    return f"hf upload OWNER/NAME {name}   # to the hub"
+    return f"luthier push {name} OWNER/NAME   # to the hub, private"
 
 
 def _json(path: Path) -> dict[str, Any]:

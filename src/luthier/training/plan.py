@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from luthier.checkpoint.layout import model_layout, saved_state
 from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError
 from luthier.models import adapters, stack
-from luthier.training import metrics, numerics
+from luthier.training import metrics, numerics, pushing
 from luthier.training.events import Events
 from luthier.training.loop import Loop, Parts, memory_gib, steps_of
 from luthier.training.progress import Progress, duration
@@ -50,6 +50,7 @@ class Plan:
     stall_seconds: float
     save_seconds: float
     rehearsal: str
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +65,7 @@ class Plan:
                 f"disk       {readable_size(self.disk_bytes)} of {readable_size(self.free_bytes)} free; {readable_size(self.checkpoint_bytes)} a checkpoint",
                 f"saving     {self.save_seconds:.2f} s beside training; a step waits {self.stall_seconds:.2f} s",
                 f"rehearsal  {self.rehearsal}",
+                *self.notes,
             ]
         )
 
@@ -95,13 +97,15 @@ def plan(config: RunConfig) -> Plan:
         trial.output = str(scratch)
         with numerics.settled(trial, device):
             trial, origin = settle(trial, scratch)
+            notes = pushing.check(trial)
             session = Session(trial, scratch, device, None, (), said.append, origin)
             prepared, batches, total = session.data()
             base, model = session.model()
             parts = session.parts(base, model, prepared, batches, total, Events([], [], scratch, trial, said.append))
             progress = Progress(total)
             try:
-                return _measure(parts, progress, adapters.summary(model, trial.adapter), total)
+                made = _measure(parts, progress, adapters.summary(model, trial.adapter), total)
+                return replace(made, notes=notes)
             finally:
                 progress.close()
                 parts.metrics.close()

@@ -22,7 +22,7 @@ from luthier.config.schema import RunConfig
 from luthier.errors import ArtifactError, LuthierError, RequestError, Stopped
 from luthier.models import adapters
 from luthier.report.metrics import read_metrics
-from luthier.training import chains, finish, metrics, numerics, stage
+from luthier.training import chains, finish, metrics, numerics, pushing, stage
 from luthier.training.events import Events
 from luthier.training.loop import Loop
 from luthier.training.progress import Progress
@@ -80,6 +80,8 @@ def train(config: RunConfig, *, allow: Collection[str] = (), say: Say = print) -
         if config.adapter is not None and config.adapter.then != "continue":
             adapters.check(config.adapter)
         metrics.resolve(config.evaluate.metrics)
+        for note in pushing.check(config):
+            say(note)
         events = Events(config.callbacks, config.log, run, config, say)
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -161,6 +163,8 @@ def _train(session: Session, events: Events) -> Run:
         say(
             f"this run is finished ({total} steps); its result is {run / 'final'}. For more, raise train.epochs or train.steps"
         )
+        if session.config.push is not None:
+            say(f"it is pushed with: {pushing.how(session.config, run / 'final')}")
         return Run(run, run / "final", finish.stored_proof(run / "final"))
     base, model = session.model()
     say(adapters.summary(model, session.config.adapter))
@@ -183,6 +187,7 @@ def _train(session: Session, events: Events) -> Run:
         trained = finish.ask_live_model(parts, base, state, prepared)
         del parts, base, model, batches
         final, _ = finish.prove(trained, say)
+    pushing.push_final(session.config, run, state.step, say)
     return Run(run, final, finish.stored_proof(final))
 
 
