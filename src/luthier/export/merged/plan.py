@@ -154,7 +154,7 @@ def plan_merge(
             if not parts:
                 continue
             _plan_module(planner, adapter, module, set(parts), alone)
-        _check_targets(base, adapter)
+        _check_targets(planner, adapter)
     return _outputs(planner, dtype)
 
 
@@ -327,14 +327,18 @@ def _plan_layers(planner: _Planner, adapter: Adapter, alone: bool) -> None:
     adapter.parts |= {module: {} for module in layers.layers if module not in adapter.parts}
 
 
-def _check_targets(base: Source, adapter: Adapter) -> None:
+def _check_targets(planner: _Planner, adapter: Adapter) -> None:
     """Layers that the config targets and the file has no tensors for: the adapter is only a part of one."""
     config = adapter.config
     limits = ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or any(config.get(key) for key in limits):
         return
-    modules = [module_of(name) for name in base.specs if name.endswith(".weight") and ".experts." not in name]
+    in_files = {module_of(name) for name in planner.base.specs}
+    known = (
+        planner.base.specs if in_files.issuperset(adapter.parts) else planner.naming.shapes
+    )  # an adapter's names are memory's
+    modules = [module_of(name) for name in known if name.endswith(".weight") and ".experts." not in name]
     wanted = [m for m in modules if any(m == t or m.endswith(f".{t}") for t in targets)]
     have = {name for name in adapter.parts}
     missing = [m for m in wanted if m not in have and not any(h.endswith(f".{m}") for h in have)]
