@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+import threading
 
 import pytest
 from fake_hub import TOKEN
+from pushable import finished_run
 from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
@@ -112,6 +116,22 @@ def test_an_adapter_that_will_rest_on_the_run_s_own_base_is_a_note(hub, tmp_path
     assert "base/" in pushing.check(parse_run(given))[0]
     given["push"] = {"id": "me/model", "base": "me/base"}
     assert pushing.check(parse_run(given)) == []
+
+
+def test_an_interrupt_ends_the_upload_and_not_the_run(hub, tmp_path):
+    run = finished_run(tmp_path / "run")
+    hub.hold((run / "final/adapter_model.safetensors").read_bytes())
+    config = parse_run({**run_file(tmp_path / "other"), "push": "me/model"})
+
+    def interrupt():
+        hub.arrived.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    said: list[str] = []
+    pushing.push_final(config, run, 4, said.append)
+    assert "interrupted" in said[-1] and f"luthier push {run / 'final'} me/model" in said[-1]
+    assert read_metrics(run / "metrics.jsonl")[-1]["message"] == said[-1]
 
 
 def test_of_several_stages_the_last_one_is_pushed(tmp_path):

@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from luthier.cli import VERBS
 from luthier.report import serving
 
 
@@ -63,3 +64,9 @@ def test_path_with_a_space_or_a_quote_stays_one_word_of_the_shell(tmp_path):
     for line in serving.commands(adapter(folder)):
         words = shlex.split(line, comments=True)
         assert any(word.rpartition("=")[2] == str(folder) for word in words), line
+
+
+def test_the_upload_to_the_hub_is_a_verb_of_ours(tmp_path):
+    lines = serving.commands(adapter(tmp_path), shown="it's mine")
+    words = shlex.split(lines[-1], comments=True)
+    assert words == ["luthier", "push", "it's mine", "OWNER/NAME"] and "push" in VERBS
