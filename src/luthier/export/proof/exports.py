@@ -31,6 +31,7 @@ from luthier.export.proof.prove import (
     plain_answers,
     within,
 )
+from luthier.export.proof.slices import prove_slices
 from luthier.models.room import free_bytes, parameters_in
 
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
@@ -41,7 +42,7 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
 
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
-            return _not_opened()
+            return checked(prove_slices(folder, base, adapter), folder)
         dtype = _main_dtype(folder)
         probe = _probe(folder, "float32")
         found = plain_answers(folder, probe, tokenizer=False)
@@ -180,7 +181,7 @@ def prove_copy(source: Path, word: str | None) -> Callable[[Path], bytes]:
 
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
-            return _not_opened()
+            return checked(prove_slices(folder, source, None), folder)
         names = {"BF16": "bfloat16", "F16": "float16"}
         probe = _probe(source, names.get(word or _main_dtype(folder), "float32"))
         asked = (source / "tokenizer_config.json").is_file()
