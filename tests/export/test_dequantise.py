@@ -143,7 +143,7 @@ def test_proof_of_a_dequantised_copy_wants_equal_bits(quantised, tmp_path):
     assert proof["verdict"] == "passed" and proof["max_difference"] == proof["bound"] == 0
     assert "dequantised by transformers" in proof["compared"] and "kernels" in proof["says"]
     wrong = tensors(tmp_path / "out")
-    wrong["model.layers.1.mlp.up_proj.weight"][3, 5] *= 1.05
+    wrong["model.layers.1.mlp.up_proj.weight"][3] *= 1.05
     save_file(wrong, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(luthier.ArtifactError, match="more than the bound 0"):
         prove_dequantised(folder, "BF16")(tmp_path / "out")

@@ -102,7 +102,9 @@ def kernel_logits(folder, request, layered):
 
 
 def in_one_dtype(model, dtype):
-    """Cast what is not quantised: of a quantised folder transformers leaves it as the files hold it, whatever was asked."""
+    """Cast what bitsandbytes did not quantise: of its folders transformers leaves that as the files hold it, whatever was asked."""
+    if not any(type(weight).__name__ in QUANTISED for weight in model.parameters()):
+        return
     for weight in model.parameters():
         if type(weight).__name__ not in QUANTISED and weight.is_floating_point():
             weight.data = weight.data.to(dtype)
@@ -166,7 +168,13 @@ def open_whole(folder, request):
             "device_map": {"": request["device"]},
         }
     if not (folder / "adapter_config.json").is_file():
+        if request.get("dequantise") and quantised_by(folder) == "compressed-tensors":
+            from transformers import CompressedTensorsConfig
+
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        if quantisation and quantisation["precision"] == "fp8":
+            round_to_fp8(model, quantisation["skip"])
         return dequantised(model, request, options["dtype"]), False
     from peft import PeftModel
 
@@ -186,11 +194,19 @@ def dequantised(model, request, dtype):
     layers = [
         name for name, module in model.named_modules() if type(getattr(module, "weight", None)).__name__ in QUANTISED
     ]
-    model = model.dequantize()
     in_one_dtype(model, dtype)
+    model = model.dequantize()
+    for name in layers:
+        model.get_submodule(name).to(dtype)
     for name in layers:
         setattr(model.get_submodule(name).weight, MARK, True)
     return model
+
+
+def quantised_by(folder):
+    """What a folder's config says its weights are quantised by."""
+    told = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    return told.get("quant_method")
 
 
 def bitsandbytes_config(quantisation, dtype):
