@@ -153,9 +153,13 @@ def _experts(model: Any) -> list[str]:
 
 
 def _unfit(model: Any, quantised: frozenset[str], kept: Sequence[str]) -> set[str]:
-    """Linear layers that are neither packed nor kept on purpose; the config must name them too."""
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return linear - set(quantised) - set(kept)
+    """Layers with a matrix that are neither packed nor kept on purpose, routers among them: a server may take them for linear ones."""
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, torch.nn.Embedding)
+    }
+    return layers - set(quantised) - set(kept)
 
 
 @dataclass(frozen=True)
