@@ -140,7 +140,7 @@ def _saved(model: nn.Module, folder: Path, tokenizer: Any, live: str) -> Written
     if probe.quantisation:
         named: Any = model.peft_config[model.active_adapters[0]]  # type: ignore[index,union-attr]
         identity = {"name": named.base_model_name_or_path, "revision": named.revision}
-        base = {"base": {**identity, "quantisation": _quantisation(model, probe)}}
+        base = {"base": {**identity, "dtype": probe.dtype, "quantisation": _quantisation(model, probe)}}
     write_folder(folder, model, tokenizer, kind=live, facts={"parents": [], **pair, **base})
     with stack.plain_form(model), quantised.plain_form(model):
         expected = live_answers(model, tokenizer, probe)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.util import find_spec
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from gguf_models import make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import luthier
 from luthier.cli import main
 from luthier.export import quantised
+from luthier.export.proof.exports import prove_quantised
 
 IDS = torch.tensor([[1, 5, 80, 81, 2, 7, 9]])
 PLAIN = {
@@ -81,6 +85,71 @@ def test_fp8_folder_has_the_form_of_compressed_tensors(base, tmp_path):
     told = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert told["quant_method"] == "compressed-tensors" and "lm_head" in told["ignore"]
     assert weights["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_fp8_folder_is_proven_to_hold_the_source_rounded_to_e4m3(base, tmp_path):
+    luthier.export(base, tmp_path / "out", to="quantized", packing="fp8")
+    proof = proof_of(tmp_path / "out")
+    if find_spec("compressed_tensors") is None:
+        assert proof["verdict"] == "inconclusive" and "compressed-tensors is not installed" in proof["says"]
+        return
+    assert proof["verdict"] == "passed" and proof["max_difference"] == proof["bound"] == 0
+    assert "rounding activations while serving" in proof["says"] and proof["unquantised"] > 0
+    weights = load_file(tmp_path / "out/model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight_scale"][3] *= 1.05
+    save_file(weights, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(luthier.ArtifactError, match="more than the bound 0"):
+        prove_quantised(base, "fp8", ["lm_head"], "bfloat16")(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_mixture_keeps_its_experts_and_routers_and_plain_transformers_agrees(tmp_path):
+    base = tiny.make_qwen3_moe(tmp_path / "moe", dtype=torch.bfloat16, hidden=64)
+    made = luthier.export(base, tmp_path / "out", to="quantized", packing="nf4")
+    assert proof_of(tmp_path / "out")["verdict"] == "passed"
+    assert any("down_proj" in note and "no plain linear layers" in note for note in made.notes)
+    before, found = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    packed = {name.partition(".weight.absmax")[0] for name in found if name.endswith(".absmax")}
+    assert packed == {
+        f"model.layers.{n}.self_attn.{one}_proj" for n in (0, 1) for one in "qkv"
+    }  # o_proj's rows are 32 long
+    left = [name for name in before if name.removesuffix(".weight") not in packed]
+    assert sum(".experts." in name for name in left) == 2 * 4 * 3
+    assert all(torch.equal(found[name], before[name]) for name in left)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter
+        assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_fp8_names_fused_experts_among_what_is_not_quantised(tmp_path):
+    base = tiny.make_qwen3_moe(tmp_path / "moe", dtype=torch.bfloat16)
+    luthier.export(base, tmp_path / "out", to="quantized", packing="fp8", prove=False)
+    ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    patterns = [name.removeprefix("re:") for name in ignored if name.startswith("re:")]
+    for name in (name.removesuffix(".weight") for name in load_file(base / "model.safetensors")):
+        assert any(re.match(pattern, name) for pattern in patterns) == (".experts." in name)
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.experts"} <= set(ignored)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), [("qwen2", "int8"), ("gemma3", "nf4")])
+def test_biases_and_tied_embeddings_stay_and_plain_transformers_agrees(tmp_path, name, form):
+    base = make_model(name, tmp_path / name, dtype=torch.bfloat16, num_hidden_layers=2)
+    before = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in before  # tied
+    luthier.export(base, tmp_path / "out", to="quantized", packing=form)
+    proof = proof_of(tmp_path / "out")
+    assert proof["verdict"] == "passed" and proof["max_difference"] == 0 and proof["unquantised"] > 0
+    found = load_file(tmp_path / "out/model.safetensors")
+    same = [key for key in before if key.endswith(("bias", "norm.weight", "embed_tokens.weight"))]
+    assert (name == "qwen2") == any(key.endswith("q_proj.bias") for key in same)
+    assert all(torch.equal(found[key], before[key]) for key in same)
+    assert "lm_head.weight" not in found
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,24 @@ def test_final_folder_says_how_plain_libraries_open_it(trained):
 
 
 @pytest.mark.slow
+def test_run_merges_into_the_values_that_it_trained_on(trained, tmp_path):
+    form, setup = trained
+    made = luthier.export(setup.run, tmp_path / "merged", to="merged", prove=False)
+    assert any(f"trained on its base in {form}" in note for note in made.notes)
+    assert manifests.read(setup.run / "final").facts["base"]["dtype"] == "float32"
+    live, _ = luthier.load(setup.run, device="cpu")
+    merged, _ = luthier.load(tmp_path / "merged", device="cpu")
+    luthier.export(setup.run, tmp_path / "original", to="merged", onto="original", prove=False)
+    original, _ = luthier.load(tmp_path / "original", device="cpu")
+    for layer in quantised_layers(live):
+        layer.multiplies = "16 bits"  # fp8 rounds activations too
+    with torch.no_grad():
+        wanted = live.eval()(IDS).logits
+        torch.testing.assert_close(merged.eval()(IDS).logits, wanted, rtol=0, atol=1e-4)
+        assert (original.eval()(IDS).logits - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.slow
 def test_a_saved_adapter_of_a_live_quantised_model_is_proven(trained, tmp_path):
     _, setup = trained
     model, tokenizer = luthier.load(setup.run, device="cpu")

@@ -15,11 +15,12 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.checkpoint.retain import newest_whole
 from luthier.errors import RequestError
 from luthier.export import exported_folder as folders
+from luthier.export.merged.as_trained import Quantised, quantised_in_training
 from luthier.export.merged.combine import combination_of
 from luthier.export.merged.dequantise import dequantised
 from luthier.export.merged.merge import merge_folders
 from luthier.export.merged.plan import FLOATS
-from luthier.export.proof.exports import prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
+from luthier.export.proof.exports import Values, prove_copy, prove_dequantised, prove_merge, prove_quantised_merge
 from luthier.export.read_back import check_written
 from luthier.export.sharded.bare import export_bare
 from luthier.export.sharded.source import bare_weights
@@ -101,7 +102,8 @@ def export_folder(
         density: the share of values that the last four keep.
         seed: of what the dare methods drop.
         onto: where the adapter was trained on a quantised base: ``trained``, the values it saw, or ``original``, the
-            weights given as ``base``. Without it, what ``base`` or the adapter names.
+            weights before quantising (for a base that lies there quantised, those given as ``base``). Without it, the values that
+            it saw; of a folder given as ``base``, what it holds.
         rank: of an adapter recovered from a merged model and its ``base``; from the spectrum of each layer without it.
         say: told of each layer as an adapter is recovered.
 
@@ -158,16 +160,17 @@ def export_folder(
         raise RequestError("there is one adapter, and nothing to combine it with.", code="combine", where="--combine", remedy="Name the others by --with.")  # fmt: skip
     said = []
     if to == "merged":
-        said += _quantised_in_training(inner[0])
-        chosen = _choose_base(inner[0], sources[0], base, onto)
-        named, expected, proof = chosen.folder, chosen.fingerprint, None
+        chosen = _choose_base(inner, sources[0], base, onto)
+        said += chosen.notes
+        named, proof = chosen.values.folder, None
         if prove and len(inner) == 1 and weights is None:
-            proof = prove_merge(named, inner[0]) if chosen.live is None else prove_quantised_merge(
-                chosen.live, inner[0], chosen.onto, chosen.other
+            proof = prove_merge(named, inner[0]) if chosen.seen is None else prove_quantised_merge(
+                inner[0], chosen.onto, chosen.seen, chosen.original
             )  # fmt: skip
         merge_folders(
-            named, inner, out, dtype=dtype, weights=weights, combination=combination, shard_bytes=shard_bytes,
-            expected_base=expected, prove=proof, check=check_written if prove else None, report=said.append,
+            named, inner, out, dtype=dtype, weights=weights, combination=combination, quantised=chosen.values.quantised,
+            shard_bytes=shard_bytes, expected_base=chosen.fingerprint, prove=proof, check=check_written if prove else None,
+            report=said.append,
         )  # fmt: skip
     else:
         said = _copy(inner[0], out, dtype, shard_bytes, prove, adapter=to == "adapter")
@@ -230,16 +233,17 @@ def proof_line(out: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The base to merge into; ``live`` is the quantised base that the adapter saw, ``other`` the one not chosen."""
+    """The values to merge into, and for the proof those that the adapter ``seen`` and the 16-bit base, where they are there."""
 
-    folder: Path
+    values: Values
     fingerprint: str | None
     onto: str = "trained"
-    live: Path | None = None
-    other: Path | None = None
+    seen: Values | None = None
+    original: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
-def _choose_base(adapter: Path, source: Path, base: Path | None, onto: str | None) -> _Chosen:
+def _choose_base(adapters: Sequence[Path], source: Path, base: Path | None, onto: str | None) -> _Chosen:
     """Which values to merge into, where the adapter was trained on quantised ones.
 
     Raises:
@@ -247,11 +251,14 @@ def _choose_base(adapter: Path, source: Path, base: Path | None, onto: str | Non
     """
     if onto not in (None, *ONTO):
         raise RequestError(f"there is no {onto!r} to merge onto.", code="onto", where="--onto", remedy=f"Take one of {', '.join(ONTO)}.")  # fmt: skip
+    adapter, how = adapters[0], _quantised_alike(adapters, onto)
+    if how is not None and not (base is not None and _is_quantised(base)):
+        return _on_the_fly(how, adapter, source, base, onto or "trained")
     if onto is None or (base is not None and _is_quantised(base)):
         named, expected = (base, None) if base is not None else base_of(adapter, source)
         if onto == "original":
             raise _no_original(named)
-        return _Chosen(named, expected, live=named if _is_quantised(named) else None)
+        return _Chosen(Values(named), expected, seen=Values(named) if _is_quantised(named) else None)
     seen, expected = base_of(adapter, source)
     if not _is_quantised(seen):
         raise RequestError(
@@ -259,23 +266,37 @@ def _choose_base(adapter: Path, source: Path, base: Path | None, onto: str | Non
             code="onto", where="--onto", remedy="Leave --onto out; --base gives the folder to merge into.",
         )  # fmt: skip
     if onto == "trained":
-        return _Chosen(seen, expected, live=seen, other=base)
+        return _Chosen(Values(seen), expected, seen=Values(seen), original=base)
     if base is None:
         raise _no_original(seen)
-    return _Chosen(base, None, "original", live=seen, other=seen)
+    return _Chosen(Values(base), None, "original", seen=Values(seen), original=base)
 
 
-def _quantised_in_training(adapter: Path) -> list[str]:
-    """What a base that was quantised only while it was read leaves to be said: files hold the 16-bit values."""
-    home = adapter if (adapter / manifests.NAME).is_file() else adapter.parent
-    facts = manifests.read(home).facts if (home / manifests.NAME).is_file() else {}
-    told = (facts.get("base") or {}).get("quantisation")
-    if not told:
-        return []
-    return [
-        f"the adapter was trained on its base in {told['precision']} and is merged into the weights as they were before "
-        "quantising: the merged model's logits differ from the trained ones by what quantising moves"
-    ]
+def _quantised_alike(adapters: Sequence[Path], onto: str | None) -> Quantised | None:
+    """How the base was quantised as it was read for training; None where it wasn't.
+
+    Raises:
+        RequestError: it was for one adapter otherwise than for another.
+    """
+    found = [quantised_in_training(adapter) for adapter in adapters]
+    if onto != "original" and any(each != found[0] for each in found):
+        raise RequestError(
+            "these adapters were trained on a base that was quantised in different ways, so they saw different values.",
+            code="onto",
+            where=", ".join(str(adapter) for adapter in adapters),
+            remedy="Merge each alone, or all into the weights before quantising with --onto original.",
+        )
+    return next((each for each in found if each is not None), None)
+
+
+def _on_the_fly(how: Quantised, adapter: Path, source: Path, base: Path | None, onto: str) -> _Chosen:
+    """The values of a base whose files are 16-bit, and which was quantised as it was read."""
+    named, expected = (base, None) if base is not None else base_of(adapter, source)
+    seen = Values(named, how)
+    values = seen if onto == "trained" else Values(named)
+    what = "the values that it had there" if onto == "trained" else "the weights as they were before quantising"
+    note = f"the adapter was trained on its base in {how.form}, and is merged into {what}"
+    return _Chosen(values, expected, onto, seen, named, (note,))
 
 
 def _is_quantised(folder: Path) -> bool:
@@ -369,7 +390,7 @@ def _copy(
             written = write_stream(partial, outputs, small, stem=stem, kind=kind, metadata={"format": "pt"}, shard_bytes=WHOLE if adapter else shard_bytes, journal=journal)  # fmt: skip
             if prove:
                 said.append(check_written(partial, written.manifest))
-            proof = prove_copy(folder, word) if source is files else prove_dequantised(folder)
+            proof = prove_copy(folder, word) if source is files else prove_dequantised(folder, word)
             late = {"proof.json": proof(partial)} if prove else {}
             folders.publish_folder(partial, out, written.manifest, _facts(told, folder, kind), config=config, late=late)
     return said

@@ -14,6 +14,7 @@ config, so that whoever opens the folder makes the same choice.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from luthier.export.stream import Output, write_stream
 from luthier.export.unfinished import unfinished
 from luthier.models.quantised.choose import choose
 from luthier.models.quantised.formats import BLOCK, FORMS, Form, code_bytes, quantise, scale_bytes
+from luthier.models.targets import expert_parameters
 
 AT_ONCE = 1 << 22  # elements read and packed at a time
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -92,7 +94,9 @@ def export_quantised(
         changed = {**config, "dtype": folders.DTYPES.get(word or main_float(files.specs.values()), "float32")}
         changed.pop("torch_dtype", None)
         kept = sorted(choice.kept) + sorted(_unfit(model, choice.quantised, choice.kept))
-        changed["quantization_config"] = settings(form, kept, changed["dtype"])
+        changed["quantization_config"] = settings(
+            form, kept + (_experts(model) if form == "fp8" else []), changed["dtype"]
+        )
         small["config.json"] = folders.as_json(changed)
         options = ["quantized", form, dtype, shard_bytes]
         with unfinished(out, [folder], options, said.append) as (partial, journal):
@@ -142,10 +146,20 @@ def settings(form: Form, kept: Sequence[str], dtype: str) -> dict[str, Any]:
     }
 
 
+def _experts(model: Any) -> list[str]:
+    """Modules of fused experts, and by a pattern the single ones that files name; vLLM would take them for linear layers."""
+    modules = sorted({name.rpartition(".")[0] for name in expert_parameters(model)})
+    return [*modules, *(rf"re:{re.escape(name)}\..*" for name in modules)]
+
+
 def _unfit(model: Any, quantised: frozenset[str], kept: Sequence[str]) -> set[str]:
-    """Linear layers that are neither packed nor kept on purpose; the config must name them too."""
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return linear - set(quantised) - set(kept)
+    """Layers with a matrix that are neither packed nor kept on purpose, routers among them: a server may take them for linear ones."""
+    layers = {
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, torch.nn.Embedding)
+    }
+    return layers - set(quantised) - set(kept)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from luthier.models.open import (  # fmt: skip
     open_config,
     open_vocabulary,
 )
-from luthier.models.precision import form_of, unquantised
+from luthier.models.precision import dtype_of, form_of, unquantised
 from luthier.models.quantised.choose import Choice, quantisation_of
 from luthier.models.saved_adapter import fit_vocabulary, open_adapter
 from luthier.report.metrics import MetricsLog
@@ -275,6 +275,7 @@ class Session:
             return manifests.read(self.start.path).facts["base"]
         if self._choice is not None:  # the fingerprint is of the 16-bit source; this says what was made of it
             identity["quantisation"] = quantisation_of(self.config.model, self._choice)
+            identity["dtype"] = str(dtype_of(self.config.model, self.device)).removeprefix("torch.")
         is_folder = folder is not None and folder.is_dir()
         found = fingerprint.of_folder(folder) if is_folder else fingerprint.of_file(folder) if folder else ""
         return {**identity, "fingerprint": found}

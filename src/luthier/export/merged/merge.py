@@ -16,8 +16,9 @@ from luthier.artifacts.tensorfile import DEFAULT_SHARD
 from luthier.errors import ArtifactError
 from luthier.export import exported_folder as folders
 from luthier.export.merged.adapter import Adapter, open_adapters
+from luthier.export.merged.as_trained import Quantised, as_trained, in_the_files_dtypes
 from luthier.export.merged.combine import Combination
-from luthier.export.merged.dequantise import dequantised
+from luthier.export.merged.dequantise import Dequantised, dequantised
 from luthier.export.merged.plan import plan_merge
 from luthier.export.read_back import check_written
 from luthier.export.source import open_source
@@ -33,6 +34,7 @@ def merge_folders(
     dtype: str | None = None,
     weights: Sequence[float] | None = None,
     combination: Combination | None = None,
+    quantised: Quantised | None = None,
     shard_bytes: int = DEFAULT_SHARD,
     expected_base: str | None = None,
     name: str | None = None,
@@ -50,6 +52,7 @@ def merge_folders(
         dtype: bf16, fp16 or fp32; the base's own if None, of a quantised one what its config says.
         weights: one factor an adapter; 1 each if None.
         combination: how several adapters become one change; their weighted sum if None.
+        quantised: how the base was quantised in training, to merge into the values that it had there; into its own if None.
         expected_base: the fingerprint that the base must have; any if None.
         name: what the parents call the base, where that isn't its path (a hub id).
         tokenizer: the tokenizer's files, where neither the adapter's nor the base's is wanted.
@@ -67,18 +70,26 @@ def merge_folders(
     folders.check_target(out, [base, *several])
     config = folders.read_config(base)
     with open_source(base) as files, open_adapters(several, list(weights or [1.0] * len(several))) as adapters:
-        source = dequantised(files, config)
-        word = folders.word_of(dtype) or (None if source is files else folders.word_in(config))
+        source = dequantised(files, config) if quantised is None else as_trained(files, quantised)
+        word = folders.word_of(dtype) or (folders.word_in(config) if isinstance(source, Dequantised) else None)
         before = folders.parents_of(base)
         _refuse_twice(before, adapters, base)
         plan = plan_merge(source, adapters, word, combination)
-        config = folders.changed_config(config, plan.outputs, untied=plan.untied, vocabulary=plan.vocabulary)
+        outputs = plan.outputs if word else in_the_files_dtypes(plan.outputs, source)
+        config = folders.changed_config(config, outputs, untied=plan.untied, vocabulary=plan.vocabulary)
         small = folders.companions([base, *several]) if tokenizer is None else folders.companions([base]) | dict(tokenizer)  # fmt: skip
         small["config.json"] = folders.as_json(config)
-        options = ["merged", dtype, weights, asdict(combination) if combination else None, shard_bytes]
+        options = [
+            "merged",
+            dtype,
+            weights,
+            asdict(combination) if combination else None,
+            shard_bytes,
+            asdict(quantised) if quantised else None,
+        ]
         with unfinished(out, [base, *several], options, report) as (partial, journal):
             written = write_stream(
-                partial, plan.outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
+                partial, outputs, small, stem="model", kind="merged", metadata={"format": "pt"},
                 shard_bytes=shard_bytes, witness=files, journal=journal,
             )  # fmt: skip
             fingerprint = folders.fingerprint_of_base(base, files, written.source_digests)
@@ -91,6 +102,8 @@ def merge_folders(
                 )
             parent: dict[str, Any] = {"kind": "merged" if before else "base", "name": name or str(base.resolve())}
             parent |= {"fingerprint": fingerprint} | ({"parents": before} if before else {})
+            if quantised is not None:
+                parent["quantisation"] = {"precision": quantised.form, "kept": list(quantised.kept)}
             if combination is not None:
                 facts = {"combined": asdict(combination), **(facts or {})}
             told = {"parents": [parent, *(_parent(each) for each in adapters)], "base": None, **(facts or {})}

@@ -158,6 +158,15 @@ def plan_merge(
     return _outputs(planner, dtype)
 
 
+def stretches_of(base: Source, name: str) -> list[Stretch]:
+    """The tensors of the files that a tensor in memory is made of.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    return _Planner(base, base.folder, ()).stretches(name)
+
+
 def _must_be_alone(alone: bool, adapter: Adapter, what: str) -> None:
     if not alone:
         raise RequestError(

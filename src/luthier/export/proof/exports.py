@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,8 +20,9 @@ import torch
 from luthier.artifacts.tensorfile import read_header
 from luthier.artifacts.weight_facts import main_float
 from luthier.errors import ArtifactError
+from luthier.export import exported_folder as folders
+from luthier.export.merged.as_trained import Quantised
 from luthier.export.proof.prove import (
-    MARGIN,
     TEXTS,
     Answers,
     Probe,
@@ -52,13 +53,21 @@ def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
     return prove
 
 
-def prove_quantised_merge(live: Path, adapter: Path, onto: str, other: Path | None) -> Callable[[Path], bytes]:
+@dataclass(frozen=True)
+class Values:
+    """Weights that an adapter may be merged into: those of a folder, or what quantising it in training made of them."""
+
+    folder: Path
+    quantised: Quantised | None = None
+
+
+def prove_quantised_merge(adapter: Path, onto: str, seen: Values, original: Path | None) -> Callable[[Path], bytes]:
     """A proof of a merge where the adapter was trained on a quantised base.
 
     Args:
-        live: the quantised base, which with the adapter on it is what was trained.
         onto: ``trained`` or ``original``, the values merged into.
-        other: the base of the values not merged into, which is then merged for a moment to be measured beside.
+        seen: the quantised base, which with the adapter on it is what was trained.
+        original: the 16-bit base, if it is there; the values not merged into are merged for a moment to be measured beside.
     """
 
     def prove(folder: Path) -> bytes:
@@ -67,78 +76,71 @@ def prove_quantised_merge(live: Path, adapter: Path, onto: str, other: Path | No
         from luthier.export.merged.merge import merge_folders
 
         dtype = _main_dtype(folder)
-        probe = _probe(folder, "float32")
-        expected = plain_answers(adapter, probe, base=str(live), tokenizer=False)
-        found = plain_answers(folder, probe, rounding=ROUNDING[dtype], tokenizer=False)
+        probe, rounding = _probe(folder, "float32"), ROUNDING[dtype]
+        asked = replace(probe, quantisation=seen.quantised.asked() if seen.quantised else None, dequantise=True)
+        found = plain_answers(folder, probe, tokenizer=False)
+        live = plain_answers(adapter, asked, base=str(seen.folder), rounding=rounding, tokenizer=False)
+        expected = live
+        if onto == "original":
+            expected = plain_answers(adapter, probe, base=str(original), rounding=rounding, tokenizer=False)
+        other = Values(original) if onto == "trained" and original is not None else seen if onto == "original" else None
         beside = None
         if other is not None:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".luthier-beside-") as scratch:
                 words = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-                merged = merge_folders(other, adapter, Path(scratch) / "other", dtype=words.get(dtype))
-                beside = largest_difference(expected.logits, plain_answers(merged, probe, tokenizer=False).logits)
-        return checked(onto_quantised(expected, found, onto, beside, dtype=dtype), folder)
+                merged = merge_folders(other.folder, adapter, Path(scratch) / "other", dtype=words.get(dtype), quantised=other.quantised)  # fmt: skip
+                beside = plain_answers(merged, probe, tokenizer=False).logits
+        return checked(onto_quantised(expected, found, live, onto, beside, dtype=dtype), folder)
 
     return prove
 
 
-def onto_quantised(expected: Answers, found: Answers, onto: str, beside: float | None, *, dtype: str) -> Proof:
-    """Compare a merged model with the live one on its quantised base, and say which values are nearer to it.
+def onto_quantised(
+    expected: Answers, found: Answers, live: Answers, onto: str, beside: list[torch.Tensor] | None, *, dtype: str
+) -> Proof:
+    """Compare a merged model with the adapter on the values that it was merged into, and say which values are nearer to the live model.
 
-    Rounding the merged weights has a measured bound (see `within`). What the quantised layers' own kernels round on the way has
-    none, so a difference above the first is not taken for a failure unless it is as large as all that the adapter does.
+    The verdict is `within`'s: both sides compute with the same values in fp32, so only the rounding of the merged weights is
+    between them. The live model is measured beside, as its quantised layers' own kernels answer, which round activations (LLM.int8())
+    or weights to their compute dtype.
+
+    Args:
+        live: the adapter on its quantised base; its logits are those of the dequantised values in fp32, `kernels` the kernels'.
+        beside: the logits of a merge into the other values.
     """
-    rounded = largest_difference(found.logits, found.rounded)
-    bound = 4 * rounded + 1e-5 * max(float(tensor.abs().max()) for tensor in expected.logits)
-    difference = largest_difference(expected.logits, found.logits)
-    effect = largest_difference(expected.logits, expected.plain)
-    compared = (
-        f"logits of {len(expected.logits)} prompts with the adapter on its quantised base in peft, both in fp32; cpu"
-    )
+    proof = within(expected, found, dtype=dtype, device="cpu")
     names = {"trained": "the values that the adapter saw", "original": "the original weights"}
-    says = f"merged onto {names[onto]}: {difference:.3g} from the live model"
+    compared = f"{proof.compared}; its base dequantised by transformers" if onto == "trained" else proof.compared
+    answers = live.kernels or live.logits
+    distance = largest_difference(answers, found.logits)
+    how = "by its quantised layers' kernels" if live.kernels else "with its dequantised weights, since no plain library multiplies in fp8"  # fmt: skip
+    says = f"merged onto {names[onto]}: {proof.says} It is {distance:.3g} from the live model, which answers {how}"
+    if live.kernels:
+        says += f" {largest_difference(live.kernels, live.logits):.3g} from its dequantised weights in fp32"
     if beside is not None:
         rest = next(key for key in names if key != onto)
-        nearer = names[onto] if difference <= beside else names[rest]
-        says += f"; merged onto {names[rest]} it would be {beside:.3g}, so {nearer} are nearer"
-    says += f"; the adapter moves these logits by up to {effect:.3g}, rounding to {dtype} by up to {bound:.3g}"
-    if onto == "trained" and not difference <= max(bound, effect):
-        return Proof("failed", False, difference, bound, effect, compared, f"{says}.", (f"{says}.",))
-    if difference <= bound and effect >= MARGIN * bound:
-        return Proof("passed", True, difference, bound, effect, compared, f"{says}.")
-    why = (
-        "what quantising lost is between them"
-        if onto == "original"
-        else "what quantised layers round on the way is not known"
-    )
-    return Proof("inconclusive", False, difference, bound, effect, compared, f"{says}; {why}.")
+        other = largest_difference(answers, beside)
+        nearer = names[onto] if distance <= other else names[rest]
+        says += f"; merged onto {names[rest]} it would be {other:.3g} from it, so {nearer} are nearer"
+    return replace(proof, says=f"{says}.", compared=compared, unquantised=distance if onto == "original" else None)
 
 
-def prove_dequantised(source: Path) -> Callable[[Path], bytes]:
-    """A measurement of a dequantised copy against its quantised source, both opened in fp32.
+def prove_dequantised(source: Path, word: str | None) -> Callable[[Path], bytes]:
+    """A proof of a dequantised copy against its quantised source, whose weights transformers dequantises: equal bits in the same dtype.
 
-    Quantised layers compute with the very values that were written, but their kernels round on the way, and how much that moves
-    logits has no bound.
+    How far the quantised layers' own kernels are from that is measured and said.
     """
 
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
             return _not_opened()
-        dtype = _main_dtype(folder)
-        probe = _probe(source, "float32")
-        expected = plain_answers(source, probe, tokenizer=False)
-        found = plain_answers(folder, probe, rounding=ROUNDING[dtype], tokenizer=False)
-        difference = largest_difference(expected.logits, found.logits)
-        bound = 4 * largest_difference(found.logits, found.rounded) + 1e-5 * max(
-            float(x.abs().max()) for x in expected.logits
-        )
-        compared = f"logits of {len(expected.logits)} prompts with the quantised folder, both in fp32; cpu"
-        told = f"{difference:.3g} from the quantised model (rounding to {dtype} explains up to {bound:.3g})"
-        if difference <= bound:
-            return Proof(
-                "passed", True, difference, bound, None, compared, f"opened by plain libraries, {told}."
-            ).to_bytes()
-        says = f"{told}; what quantised layers round on the way is not known."
-        return Proof("inconclusive", False, difference, bound, None, compared, says).to_bytes()
+        probe = _probe(source, folders.DTYPES.get(word or _main_dtype(folder), "float32"))
+        expected = plain_answers(source, replace(probe, dequantise=True), tokenizer=False)
+        proof = compare(expected, plain_answers(folder, probe, tokenizer=False), device="cpu")
+        kernels = largest_difference(expected.kernels, expected.logits)
+        says = f"{proof.says} The quantised layers' own kernels answer {kernels:.3g} from that."
+        compared = f"logits of {len(expected.logits)} prompts with the source dequantised by transformers, both in {probe.dtype}; cpu"
+        return checked(replace(proof, says=says, compared=compared), folder)
 
     return prove
 
@@ -146,8 +148,9 @@ def prove_dequantised(source: Path) -> Callable[[Path], bytes]:
 def prove_quantised(source: Path, form: str, kept: Sequence[str], dtype: str) -> Callable[[Path], bytes]:
     """A proof that a quantised folder is what its library makes of the source: plain transformers quantises that as it opens.
 
-    fp8 has no such way there, and quantises activations as it computes; its folder is opened and its distance said. How far
-    quantising moved the logits is measured and said of every form.
+    fp8 has no such way there. Its folder is opened with its weights dequantised by compressed-tensors, and must give the bits
+    of the source with every weight rounded to e4m3; what rounding activations moves while serving is measured and said, as is
+    for every form how far quantising moved the logits.
     """
 
     def prove(folder: Path) -> bytes:
@@ -157,20 +160,18 @@ def prove_quantised(source: Path, form: str, kept: Sequence[str], dtype: str) ->
             says = "compressed-tensors is not installed here, so the folder was not opened; its bytes are digested in luthier.json."
             return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says).to_bytes()
         probe = _probe(source, dtype)
-        found = plain_answers(folder, probe, tokenizer=False)
+        found = plain_answers(folder, replace(probe, dequantise=form == "fp8"), tokenizer=False)
         before = plain_answers(source, probe, tokenizer=False)
-        moved = largest_difference(before.logits, found.logits)
+        moved = largest_difference(before.logits, found.kernels or found.logits)
         scale = max(float(tensor.abs().max()) for tensor in before.logits)
         says = f"Quantising to {form} moves the logits by up to {moved:.3g} (they reach {scale:.3g})."
-        if form == "fp8":
-            compared = f"logits of {len(found.logits)} prompts with the source, both in {dtype}; cpu"
-            opened = f"opened by plain transformers with compressed-tensors. {says}"
-            verdict = Proof(
-                "passed" if moved < scale else "failed", moved < scale, moved, scale, None, compared, opened
-            )
-            return checked(verdict, folder)
         asked = replace(probe, quantisation={"precision": form, "skip": list(kept)})
         proof = compare(plain_answers(source, asked, tokenizer=False), found, device="cpu")
+        if form == "fp8":
+            rounded = largest_difference(found.kernels, found.logits)
+            says = f"Its weights were dequantised by compressed-tensors; rounding activations while serving moves the logits by up to {rounded:.3g}. {says}"
+            compared = f"logits of {len(found.logits)} prompts with the source, its weights rounded to e4m3, both in {dtype}; cpu"
+            proof = replace(proof, compared=compared)
         return checked(replace(proof, says=f"{proof.says} {says}", unquantised=moved), folder)
 
     return prove

@@ -5,11 +5,13 @@ file named by its first argument:
 
     {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
      "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
-     "trust_remote_code": false, "layered": false, "quantisation": {"precision": "nf4", "skip": ["lm_head"]} or null, "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
+     "trust_remote_code": false, "layered": false, "quantisation": {"precision": "nf4", "skip": ["lm_head"]} or null,
+     "dequantise": false, "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
 
 and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
-(``plain0``) and with adapted weights disturbed by up to the share ``rounding`` (``rounded0``), and beside them
-``out + ".json"`` with what the folder's own tokenizer makes of the messages. Where the model does not fit on the device, its
+(``plain0``) and with adapted weights disturbed by up to the share ``rounding`` (``rounded0``). With ``dequantise`` these are
+of the model whose quantised weights transformers replaced by the values they stand for, all of it in ``dtype``, and
+``kernel0`` is what it answered before, by the kernels of its quantisation. Beside them it writes ``out + ".json"`` with what the folder's own tokenizer makes of the messages. Where the model does not fit on the device, its
 weights stay in host memory and visit the device layer by layer (``layered`` asks for it).
 """
 
@@ -18,6 +20,9 @@ import json
 import os
 import sys
 from pathlib import Path
+
+QUANTISED = ("Params4bit", "Int8Params")
+MARK = "was_quantised"  # on a weight that holds the values of a quantised one
 
 
 def main(request_path: str) -> None:
@@ -59,9 +64,9 @@ def logits_of(folder, request, layered):
     """The model's logits on every probe, twice, and without its adapter."""
     import torch
 
+    tensors = kernel_logits(folder, request, layered) if request.get("dequantise") else {}
     model, is_adapter = open_model(folder, request, layered)
     model.eval()
-    tensors = {}
     with torch.no_grad():
         for number, ids in enumerate(request["ids"]):
             batch = torch.tensor([ids], device=request["device"])
@@ -78,14 +83,44 @@ def logits_of(folder, request, layered):
     return tensors
 
 
+def kernel_logits(folder, request, layered):
+    """The logits of the model whose layers are quantised still; none where transformers has no such layers (fp8)."""
+    import torch
+
+    quantisation = request.get("quantisation")
+    if quantisation and quantisation["precision"] == "fp8":
+        return {}
+    model, _ = open_model(folder, {**request, "dequantise": False}, layered)
+    in_one_dtype(model, getattr(torch, request["dtype"]))
+    model.eval()
+    with torch.no_grad():
+        batches = [torch.tensor([ids], device=request["device"]) for ids in request["ids"]]
+        return {
+            f"kernel{number}": model(input_ids=batch, use_cache=False).logits[0].float().cpu()
+            for number, batch in enumerate(batches)
+        }
+
+
+def in_one_dtype(model, dtype):
+    """Cast what bitsandbytes did not quantise: of its folders transformers leaves that as the files hold it, whatever was asked."""
+    if not any(type(weight).__name__ in QUANTISED for weight in model.parameters()):
+        return
+    for weight in model.parameters():
+        if type(weight).__name__ not in QUANTISED and weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
 def disturb(model, share):
-    """Change weights at random by up to ``share``, as rounding does: those an adapter is put on, without one all matrices."""
+    """Change weights at random by up to ``share``, as rounding does.
+
+    They are those an adapter is put on, and those that were quantised; where there are neither, all matrices.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    adapted = any("base_layer" in name for name, _ in model.named_parameters())
+    known = any("base_layer" in name or hasattr(weight, MARK) for name, weight in model.named_parameters())
     for name, weight in model.named_parameters():
-        if "base_layer" in name if adapted else weight.dim() > 1:
+        if ("base_layer" in name or hasattr(weight, MARK)) if known else weight.dim() > 1:
             noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).mul_(share).add_(1)
             weight.mul_(noise.to(weight))
 
@@ -133,15 +168,45 @@ def open_whole(folder, request):
             "device_map": {"": request["device"]},
         }
     if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options), False
+        if request.get("dequantise") and quantised_by(folder) == "compressed-tensors":
+            from transformers import CompressedTensorsConfig
+
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        if quantisation and quantisation["precision"] == "fp8":
+            round_to_fp8(model, quantisation["skip"])
+        return dequantised(model, request, options["dtype"]), False
     from peft import PeftModel
 
     named = json.loads((folder / "adapter_config.json").read_text())
     base = request["base"] or named["base_model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(base, revision=named.get("revision") or "main", **options)
+    model = dequantised(model, request, options["dtype"])
     if quantisation and quantisation["precision"] == "fp8":
         round_to_fp8(model, quantisation["skip"])
     return PeftModel.from_pretrained(model, str(folder)), True
+
+
+def dequantised(model, request, dtype):
+    """The model, where ``dequantise`` asks for it with the values that quantised weights stand for, as transformers gives them."""
+    if not request.get("dequantise") or not any(type(weight).__name__ in QUANTISED for weight in model.parameters()):
+        return model
+    layers = [
+        name for name, module in model.named_modules() if type(getattr(module, "weight", None)).__name__ in QUANTISED
+    ]
+    in_one_dtype(model, dtype)
+    model = model.dequantize()
+    for name in layers:
+        model.get_submodule(name).to(dtype)
+    for name in layers:
+        setattr(model.get_submodule(name).weight, MARK, True)
+    return model
+
+
+def quantised_by(folder):
+    """What a folder's config says its weights are quantised by."""
+    told = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    return told.get("quant_method")
 
 
 def bitsandbytes_config(quantisation, dtype):
@@ -165,6 +230,7 @@ def round_to_fp8(model, skip):
             weight = module.weight.data.float()
             largest = weight.abs().amax(dim=1, keepdim=True)
             scale = torch.where(largest == 0, 1.0, largest / 448)
+            setattr(module.weight, MARK, True)
             module.weight.data.copy_((weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
 
 

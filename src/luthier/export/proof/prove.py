@@ -52,6 +52,8 @@ class Probe:
     """Layer by layer from the start; without, only where the model does not fit on the device."""
     quantisation: dict[str, Any] | None = None
     """How the base under an adapter, or a model alone, is quantised as it is opened: `precision`, and `skip`, the linear layers left in 16 bits."""
+    dequantise: bool = False
+    """Answer with the values that quantised weights stand for, in `dtype` throughout; and beside that by the kernels (`Answers.kernels`)."""
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Answers:
     plain: list[torch.Tensor] = field(default_factory=list)
     layered: bool = False
     rounded: list[torch.Tensor] = field(default_factory=list)
+    kernels: list[torch.Tensor] = field(default_factory=list)
+    """What the quantised layers' own kernels answered, where the rest is of their dequantised values."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ def plain_answers(
     noise = largest_difference(logits, [tensors[f"again{i}"] for i in count])
     plain = [tensors[f"plain{i}"] for i in count if f"plain{i}" in tensors]
     rounded = [tensors[f"rounded{i}"] for i in count if f"rounded{i}" in tensors]
-    return Answers(logits, noise, told["rendered"], told["tokens"], plain, told["layered"], rounded)
+    kernels = [tensors[f"kernel{i}"] for i in count if f"kernel{i}" in tensors]
+    return Answers(logits, noise, told["rendered"], told["tokens"], plain, told["layered"], rounded, kernels)
 
 
 def compare(expected: Answers, found: Answers, *, device: str, before: list[torch.Tensor] | None = None) -> Proof:
