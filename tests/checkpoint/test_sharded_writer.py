@@ -39,7 +39,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("make", "readers"), [(make_llama, 3), (make_qwen3_moe, 2)], ids=["dense", "mixture-of-experts"]
+    ("make", "readers"),
+    [
+        pytest.param(make_llama, 3, id="dense", marks=pytest.mark.slow),
+        pytest.param(make_qwen3_moe, 2, id="mixture-of-experts"),
+    ],
 )
 def test_four_processes_write_the_bytes_of_one_and_another_number_reads_them(
     make: Callable[..., Path], readers: int, tmp_path: Path

@@ -238,7 +238,9 @@ def test_flag_that_means_nothing_for_a_form_is_refused_and_says_where_it_does(ba
     assert refusal.value.code == "form" and "--to" in (refusal.value.remedy or "")
 
 
-@pytest.mark.parametrize("form", ["merged", "transformers", "adapter"])
+@pytest.mark.parametrize(
+    "form", ["merged", *(pytest.param(form, marks=pytest.mark.slow) for form in ("transformers", "adapter"))]
+)
 def test_relative_paths_are_proven_as_absolute_ones_are(base, adapter, tmp_path, form, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = base if form == "transformers" else adapter

@@ -50,7 +50,7 @@ def test_folder_holds_the_bytes_that_transformers_writes(base, tmp_path, form, s
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("form", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_export_is_proven_to_be_what_quantising_the_source_gives(base, tmp_path, form, capsys):
     assert main(["export", str(base), str(tmp_path / "out"), "--to", "quantized", "--format", form]) == 0
     proof = proof_of(tmp_path / "out")
@@ -63,6 +63,7 @@ def test_export_is_proven_to_be_what_quantising_the_source_gives(base, tmp_path,
     assert json.loads(capsys.readouterr().out)["kind"] == "base"
 
 
+@pytest.mark.slow
 def test_rows_that_blocks_would_cross_stay_in_16_bits_and_plain_transformers_agrees(tmp_path):
     base = tiny.make_llama(tmp_path / "odd", dtype=torch.bfloat16, hidden=32)
     made = luthier.export(base, tmp_path / "out", to="quantized", packing="nf4")

@@ -106,7 +106,7 @@ def test_saved_again_it_is_of_the_fused_form_that_plain_peft_opens(bases, tmp_pa
         torch.testing.assert_close(plain(IDS).logits, wanted(bases["mixtral"], added), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen", "mixtral"])
+@pytest.mark.parametrize("kind", ["qwen", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_merging_it_needs_no_conversion(bases, tmp_path, kind):
     added = write_adapter(tmp_path / "a", bases[kind], kind, (0, 1, 2))
     luthier.export(tmp_path / "a", tmp_path / "out", to="merged")

@@ -114,9 +114,9 @@ def another_template(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (zeroed_b, "logits differ"),
+        pytest.param(zeroed_b, "logits differ", marks=pytest.mark.slow),
         (swapped_layers, "logits differ"),
-        (another_base, "logits differ"),
+        pytest.param(another_base, "logits differ", marks=pytest.mark.slow),
         (another_template, "chat template renders the probe conversation differently"),
     ],
 )

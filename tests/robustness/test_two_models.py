@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from harness import Setup, assert_same_run, in_a_process, make_setup, train
 
 TWICE = '''
@@ -84,6 +85,7 @@ def main(first, second, base, answer):
 '''
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_process_are_those_of_two_processes_and_change_nothing(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     pairs = [("llama", True), ("moe", False)]
