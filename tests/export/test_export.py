@@ -59,7 +59,7 @@ def test_wrong_merge_fails_the_proof_and_publishes_nothing(base, adapter, tmp_pa
     from luthier.export.proof.exports import prove_merge
 
     with pytest.raises(luthier.ArtifactError, match="proof failed"):
-        merge_folders(base, adapter, tmp_path / "out", weights=[0.9], prove=prove_merge(base, adapter))
+        merge_folders(base, adapter, tmp_path / "out", weights=[0.9], prove=prove_merge(base, [adapter]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,6 +75,24 @@ def test_sum_of_two_adapters_is_weighted(base, adapter, tmp_path):
         before = tensor.float()
         wanted = before + 0.75 * (parts[0][name] - before) + 0.5 * (parts[1][name] - before)
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_sum_of_adapters_is_proven_against_peft_with_all_of_them_active(base, adapter, tmp_path):
+    from luthier.export.proof.exports import prove_merge
+
+    other = make_adapter(base, tmp_path / "other", seed=9, r=2, lora_alpha=3, use_rslora=True, target_modules=["v_proj", "up_proj"])  # fmt: skip
+    made = luthier.export([adapter, other], tmp_path / "sum", to="merged", weights=[0.75, 0.5], dtype="fp32")
+    proof = json.loads((tmp_path / "sum/proof.json").read_text())
+    assert proof["verdict"] == "passed" and "0.75 × adapter, 0.5 × other" in proof["compared"], proof
+    with pytest.raises(luthier.ArtifactError, match="the proof failed"):
+        prove_merge(base, [adapter, other], [0.75, 0.6])(made.path)
+
+
+@pytest.mark.slow
+def test_other_combinations_say_that_no_plain_library_computes_them(base, adapter, tmp_path):
+    other = make_adapter(base, tmp_path / "other", seed=9, **SETTINGS)
+    made = luthier.export([adapter, other], tmp_path / "out", to="merged", combine="ties", density=0.5)
+    assert "inconclusive: no plain library computes ties of whole changes" in (made.proof or "")
 
 
 @pytest.mark.slow

@@ -163,10 +163,11 @@ def export_folder(
         chosen = _choose_base(inner, sources[0], base, onto)
         said += chosen.notes
         named, proof = chosen.values.folder, None
-        if prove and len(inner) == 1 and weights is None:
-            proof = prove_merge(named, inner[0]) if chosen.seen is None else prove_quantised_merge(
-                inner[0], chosen.onto, chosen.seen, chosen.original
-            )  # fmt: skip
+        if prove and chosen.seen is None:
+            how = combination.method if combination is not None else None
+            proof = prove_merge(named, inner, weights, combined=how)
+        elif prove and chosen.seen is not None and len(inner) == 1 and weights is None:
+            proof = prove_quantised_merge(inner[0], chosen.onto, chosen.seen, chosen.original)
         merge_folders(
             named, inner, out, dtype=dtype, weights=weights, combination=combination, quantised=chosen.values.quantised,
             shard_bytes=shard_bytes, expected_base=chosen.fingerprint, prove=proof, check=check_written if prove else None,

@@ -38,17 +38,32 @@ from luthier.models.room import free_bytes, parameters_in
 ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-53}
 
 
-def prove_merge(base: Path, adapter: Path) -> Callable[[Path], bytes]:
-    """A proof that a merged folder computes what base and adapter compute together."""
+def prove_merge(
+    base: Path, adapters: Sequence[Path], weights: Sequence[float] | None = None, *, combined: str | None = None
+) -> Callable[[Path], bytes]:
+    """A proof that a merged folder computes what base and adapters compute together, each with its weight.
+
+    Args:
+        combined: how the adapters' changes were made one, where that is no sum; no plain library does that to whole changes.
+    """
 
     def prove(folder: Path) -> bytes:
+        if combined is not None:
+            says = f"no plain library computes {combined} of whole changes, so there is nothing to compare the logits with."
+            return Proof("inconclusive", False, 0.0, 0.0, None, "nothing", says).to_bytes()
+        alone = len(adapters) == 1 and weights is None
         if not _fits(folder):
-            return checked(prove_slices(folder, base, adapter), folder)
+            return checked(prove_slices(folder, base, adapters[0]), folder) if alone else _not_opened()
         dtype = _main_dtype(folder)
         probe = _probe(folder, "float32")
         found = plain_answers(folder, probe, tokenizer=False)
-        expected = plain_answers(adapter, probe, base=str(base), rounding=ROUNDING[dtype], tokenizer=False)
-        return checked(within(expected, found, dtype=dtype, device="cpu"), folder)
+        together = None if alone else list(zip(adapters, weights or [1.0] * len(adapters), strict=True))
+        expected = plain_answers(adapters[0], probe, base=str(base), rounding=ROUNDING[dtype], tokenizer=False, together=together)  # fmt: skip
+        proof = within(expected, found, dtype=dtype, device="cpu")
+        if together:
+            told = ", ".join(f"{weight:g} × {adapter.name}" for adapter, weight in together)
+            proof = replace(proof, compared=f"{proof.compared}; adapters active together: {told}")
+        return checked(proof, folder)
 
     return prove
 

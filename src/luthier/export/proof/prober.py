@@ -6,13 +6,13 @@ file named by its first argument:
     {"folder": …, "base": … or null, "texts": [rendered prompts], "messages": [[…], …], "ids": [[…], …],
      "dtype": "float32", "device": "cpu", "attention": "sdpa" or null, "threads": 2, "deterministic": true,
      "trust_remote_code": false, "layered": false, "quantisation": {"precision": "nf4", "skip": ["lm_head"]} or null,
-     "dequantise": false, "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
+     "dequantise": false, "together": [[adapter's folder, weight], …], "rounding": 0.004 or null, "tokenizer": true, "out": "logits.safetensors"}
 
 and writes one float32 tensor a probe and repetition (``probe0``, ``again0``), the logits without the adapter
 (``plain0``) and with adapted weights disturbed by up to the share ``rounding`` (``rounded0``). With ``dequantise`` these are
 of the model whose quantised weights transformers replaced by the values they stand for, all of it in ``dtype``, and
-``kernel0`` is what it answered before, by the kernels of its quantisation. Beside them it writes ``out + ".json"`` with what the folder's own tokenizer makes of the messages. Where the model does not fit on the device, its
-weights stay in host memory and visit the device layer by layer (``layered`` asks for it).
+``kernel0`` is what it answered before, by the kernels of its quantisation. Beside them it writes ``out + ".json"`` with what
+the folder's own tokenizer makes of the messages. Where the model does not fit on the device, its weights stay in host memory and visit the device layer by layer (``layered`` asks for it).
 """
 
 import gc
@@ -184,7 +184,23 @@ def open_whole(folder, request):
     model = dequantised(model, request, options["dtype"])
     if quantisation and quantisation["precision"] == "fp8":
         round_to_fp8(model, quantisation["skip"])
-    return PeftModel.from_pretrained(model, str(folder)), True
+    model = PeftModel.from_pretrained(model, str(folder))
+    if request.get("together"):
+        put_together(model, request["together"])
+    return model, True
+
+
+def put_together(model, adapters):
+    """Several LoRA adapters active at once, each times its weight; the first of them is there already."""
+    names = ["default"]
+    for number, (folder, _) in enumerate(adapters[1:], start=1):
+        names.append(f"adapter{number}")
+        model.load_adapter(folder, adapter_name=names[-1])
+    model.base_model.set_adapter(names)
+    for module in model.modules():
+        if hasattr(module, "set_scale"):  # a layer that has no such adapter leaves it
+            for name, (_, weight) in zip(names, adapters):
+                module.set_scale(name, weight)
 
 
 def dequantised(model, request, dtype):

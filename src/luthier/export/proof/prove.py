@@ -139,13 +139,20 @@ def live_answers(model: nn.Module, tokenizer: Any, probe: Probe) -> Answers:
 
 
 def plain_answers(
-    folder: Path, probe: Probe, *, base: str | None = None, rounding: float | None = None, tokenizer: bool = True
+    folder: Path,
+    probe: Probe,
+    *,
+    base: str | None = None,
+    rounding: float | None = None,
+    tokenizer: bool = True,
+    together: Sequence[tuple[Path, float]] | None = None,
 ) -> Answers:
     """The logits that plain transformers or peft compute from a folder, in a process of its own.
 
     Args:
         rounding: also answer with the adapted weights disturbed at random by up to this share of each.
         tokenizer: also ask the folder's tokenizer; an adapter may have none.
+        together: adapters, of which ``folder`` is the first, that are active at once, each times its weight.
 
     Raises:
         ArtifactError: the folder does not open there; the text carries that process's error.
@@ -159,6 +166,7 @@ def plain_answers(
             "folder": str(folder.resolve()),  # the process runs in a folder of its own
             "base": str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base,
             "rounding": rounding,
+            "together": [[str(path.resolve()), weight] for path, weight in together or ()],
             "tokenizer": tokenizer,
             "messages": MESSAGES,
             "texts": TEXTS,
