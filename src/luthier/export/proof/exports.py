@@ -109,7 +109,8 @@ def onto_quantised(
     """
     proof = within(expected, found, dtype=dtype, device="cpu")
     names = {"trained": "the values that the adapter saw", "original": "the original weights"}
-    compared = f"{proof.compared}; its base dequantised by transformers" if onto == "trained" else proof.compared
+    values = "dequantised by transformers" if live.kernels else "with its weights rounded to e4m3"
+    compared = f"{proof.compared}; its base {values}" if onto == "trained" else proof.compared
     answers = live.kernels or live.logits
     distance = largest_difference(answers, found.logits)
     says = f"merged onto {names[onto]}: {proof.says} It is {distance:.3g} from the live model, "
