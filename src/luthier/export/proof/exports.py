@@ -125,13 +125,16 @@ def onto_quantised(
     """
     proof = within(expected, found, dtype=dtype, device="cpu")
     names = {"trained": "the values that the adapter saw", "original": "the original weights"}
-    compared = f"{proof.compared}; its base dequantised by transformers" if onto == "trained" else proof.compared
+    values = "dequantised by transformers" if live.kernels else "with its weights rounded to e4m3"
+    compared = f"{proof.compared}; its base {values}" if onto == "trained" else proof.compared
     answers = live.kernels or live.logits
     distance = largest_difference(answers, found.logits)
-    how = "by its quantised layers' kernels" if live.kernels else "with its dequantised weights, since no plain library multiplies in fp8"  # fmt: skip
-    says = f"merged onto {names[onto]}: {proof.says} It is {distance:.3g} from the live model, which answers {how}"
+    says = f"merged onto {names[onto]}: {proof.says} It is {distance:.3g} from the live model, "
     if live.kernels:
-        says += f" {largest_difference(live.kernels, live.logits):.3g} from its dequantised weights in fp32"
+        rounds = largest_difference(live.kernels, live.logits)
+        says += f"whose quantised layers' kernels answer {rounds:.3g} from its dequantised weights in fp32"
+    else:
+        says += "opened with its dequantised weights, since no plain library multiplies in fp8"
     if beside is not None:
         rest = next(key for key in names if key != onto)
         other = largest_difference(answers, beside)
