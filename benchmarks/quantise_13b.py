@@ -1,11 +1,16 @@
 """A model of 13 billion parameters quantised on a small machine, under a limit on its memory.
 
-    python benchmarks/quantise_13b.py WORK [--form nf4] [--layers 40] [--hidden 5120] [--limit-gib 2.0] [--random]
+    python benchmarks/quantise_13b.py WORK [--form nf4] [--part export] [--layers 40] [--hidden 5120] [--limit-gib 2.0] [--random]
 
-Makes the 16-bit folder in WORK, a shard a layer (26 GB; sparse files of zeros, or random numbers with --random), then packs
-it tensor by tensor into WORK/packed-FORM in a process of its own. That process watches its own anonymous memory (RssAnon: what
-can't be dropped when memory is short, which the pages of mapped files can) and is killed by its data limit (RLIMIT_DATA) if it
-needs more than the limit beyond what its imports took.
+Makes the 16-bit folder in WORK, a shard a layer (26 GB; sparse files of zeros, or random numbers with --random), then, each in a
+process of its own:
+
+    export      `luthier export SRC DST --to quantized --format FORM --no-proof`: the folder that plain libraries open. The proof would
+                open the whole model in plain transformers, and is left out.
+    load        `luthier.load(SRC, precision=FORM)`: the peak is compared with what the quantised model itself takes.
+
+That process watches its own anonymous memory (RssAnon: what can't be dropped when memory is short, which the pages of mapped
+files can) and is refused memory by its data limit (RLIMIT_DATA) beyond `--limit-gib` in all (8 for load), imports included.
 """
 
 from __future__ import annotations
@@ -22,9 +27,12 @@ import time
 from pathlib import Path
 
 
+def inner_size(hidden: int) -> int:
+    return int(hidden * 2.7) // 64 * 64
+
+
 def shapes(layers: int, hidden: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    inner = int(hidden * 2.7)
-    inner -= inner % 64
+    inner = inner_size(hidden)
     ends = {"model.embed_tokens.weight": [vocabulary, hidden], "lm_head.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}  # fmt: skip
 
     def layer(number: int) -> dict[str, list[int]]:
@@ -69,6 +77,12 @@ def make(folder: Path, layers: int, hidden: int, vocabulary: int, *, random: boo
                         out.write(memoryview((torch.randn(count) * 0.02).bfloat16().view(torch.uint8).numpy()))
             else:
                 out.truncate(8 + len(text) + offset)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
+        "intermediate_size": inner_size(hidden), "num_hidden_layers": layers, "num_attention_heads": hidden // 128,
+        "num_key_value_heads": hidden // 128, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return total
 
@@ -103,38 +117,33 @@ def _status(name: str) -> int:
     raise SystemExit(f"this system does not tell {name}")
 
 
-def pack(source: Path, target: Path, form: str, limit: float) -> None:
-    """Quantise a folder into another, a tensor at a time; runs in the limited process."""
+def limited(part: str, source: Path, target: Path, form: str, limit: float) -> None:
+    """Run one part under its limit, and print what it took."""
     import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from peft import PeftModel  # noqa: F401  # imports come before the limit is set, and are counted in it
 
-    from luthier.models.quantised.formats import fits, kernels, quantise
+    import luthier
+    from luthier import cli, loading  # noqa: F401
+    from luthier.export import quantised  # noqa: F401
+    from luthier.models.quantised.formats import kernels
 
     kernels()
     watch, before = Watch(), anonymous()
     allowed = data() + int(limit * 2**30) - before  # RssAnon counts what was touched, RLIMIT_DATA what was asked for
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
-    target.mkdir(parents=True, exist_ok=True)
-    begun, read, written = time.perf_counter(), 0, 0
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for number, name in enumerate(opened.keys()):
-                weight = opened.get_tensor(name)
-                read += weight.nbytes
-                keep = weight.ndim != 2 or "embed" in name or "head" in name or not fits(weight.shape[1], form)
-                if keep:
-                    tensors = {name: weight}
-                else:
-                    packed = quantise(weight, form)
-                    layer = name.removesuffix(".weight")
-                    tensors = {f"{layer}.codes": packed.codes, f"{layer}.scales": packed.scales}
-                save_file(tensors, target / f"{file.stem}-{number}.safetensors")
-                written += sum(tensor.nbytes for tensor in tensors.values())
-                del weight, tensors
+    begun, held = time.perf_counter(), 0
+    if part == "export":
+        code = cli.main(["export", str(source), str(target), "--to", "quantized", "--format", form, "--no-proof"])
+        if code:
+            raise SystemExit(code)
+    else:
+        model, _ = luthier.load(source, precision=form, device="cpu")
+        held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     seconds = time.perf_counter() - begun
+    read = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    written = sum(file.stat().st_size for file in target.glob("*.safetensors")) if part == "export" else 0
     result = {
-        "form": form, "read_gib": read / 2**30, "written_gib": written / 2**30, "seconds": seconds, "gib_per_second": read / 2**30 / seconds,
+        "part": part, "form": form, "read_gib": read / 2**30, "written_gib": written / 2**30, "held_gib": held / 2**30, "seconds": seconds,
         "anon_before_gib": before / 2**30, "anon_peak_gib": watch.peak / 2**30, "limit_gib": limit, "threads": torch.get_num_threads(),
     }  # fmt: skip
     print("RESULT " + json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}))  # fmt: skip
@@ -147,21 +156,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--limit-gib", type=float, default=2.0)
+    parser.add_argument("--limit-gib", type=float, help="2 for export, 8 for load")
     parser.add_argument("--random", action="store_true")
-    parser.add_argument("--pack", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["export", "load"], help="both, if left out")
+    parser.add_argument("--inside", choices=["export", "load"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     source, target = args.work / f"16bit-{args.layers}x{args.hidden}", args.work / f"packed-{args.form}"
-    if args.pack:
-        pack(source, target, args.form, args.limit_gib)
+    if args.inside:
+        limited(args.inside, source, target, args.form, args.limit_gib or {"export": 2.0, "load": 8.0}[args.inside])
         return
     total = make(source, args.layers, args.hidden, args.vocabulary, random=args.random)
     print(f"{source}: {total / 1e9:.2f} billion parameters", flush=True)
     shutil.rmtree(target, ignore_errors=True)
-    done = subprocess.run([sys.executable, *sys.argv, "--pack"], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"it did not stay under {args.limit_gib} GiB:\n{done.stderr[-2000:]}")
-    print(done.stdout.strip())
+    for part in [args.part] if args.part else ["export", "load"]:
+        done = subprocess.run([sys.executable, *sys.argv, "--inside", part], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{part} did not stay under its limit, or failed:\n{done.stderr[-2000:]}")
+        print(done.stdout.strip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from luthier.config.schema import Precision
 from luthier.errors import RequestError
 from luthier.models import stack
 from luthier.models.adapter_base import adapters_in, base_name, check_base
+from luthier.models.check_folder import read_json
 from luthier.models.gguf_adapter import as_peft_folder, is_gguf_adapter
 from luthier.models.load_base import Opening, differing_versions, load_base
 from luthier.models.quantised.adapter import is_quantised
+from luthier.models.quantised.existing import carries
 from luthier.models.refused import refused
 from luthier.models.saved_adapter import open_adapter, tokenizer_of
 from luthier.training.locate import locate
@@ -220,7 +222,7 @@ def _put_on(
     under: str, placed: Mapping[str, _Placed], trainable: bool, how: Opening, *, insist: bool
 ) -> tuple[Any, Any]:
     """Open a base and put adapters onto it, the first of them active."""
-    opened = load_base(under, how)
+    opened = load_base(under, how, own_layers=all(_is_carried(at.folder) for at in placed.values()))
     model: Any = opened.model
     tokenizer = None
     for name, at in placed.items():
@@ -239,6 +241,11 @@ def _put_on(
     if len(placed) > 1:
         model.set_adapter(next(iter(placed)), inference_mode=not trainable)
     return model, tokenizer
+
+
+def _is_carried(adapter: Path) -> bool:
+    """Whether our own layers of a quantised base carry an adapter; a GGUF file holds plain LoRA."""
+    return is_gguf_adapter(adapter) or carries(read_json(adapter / ADAPTER_CONFIG))
 
 
 def _plain_config(model: Any) -> Any:

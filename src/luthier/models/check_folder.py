@@ -38,10 +38,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_config(config: dict[str, Any], name: str, *, trust_remote_code: bool, quantised: bool = False) -> None:
-    """Raises RequestError for a model that needs code of its own, is quantised, or is no causal language model.
-
-    With `quantised`, weights that bitsandbytes quantised are let through where that is installed.
+def check_config(config: dict[str, Any], name: str, *, trust_remote_code: bool) -> None:
+    """Raises RequestError for a model that needs code of its own, is quantised by another tool than bitsandbytes, or is no causal language model.
 
     Code that a folder brings along is of no concern where transformers has the architecture itself: its own is used.
     """
@@ -78,7 +76,7 @@ def check_config(config: dict[str, Any], name: str, *, trust_remote_code: bool, 
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        if quantised and method == "bitsandbytes":
+        if method == "bitsandbytes":
             if importlib.util.find_spec("bitsandbytes") is not None:
                 return
             raise RequestError(

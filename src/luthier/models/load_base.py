@@ -31,8 +31,11 @@ class Opening:
     fp8: Literal["compute", "storage"] = "compute"
 
 
-def load_base(name: str, how: Opening) -> Base:
+def load_base(name: str, how: Opening, *, own_layers: bool = False) -> Base:
     """Open a base by folder, file or hub id.
+
+    Args:
+        own_layers: as `open_base` takes it.
 
     Raises: as ``luthier.models.open.open_base``, and RequestError where it does not fit on the device.
     """
@@ -47,7 +50,7 @@ def load_base(name: str, how: Opening) -> Base:
             check_room(parameters, resolve_precision(model, how.device), how.device, free_bytes(how.device))
         if not any((folder / file).is_file() for file in _TOKENIZERS):
             vocabulary = Vocabulary(None, (), ())
-    base = open_base(model, device=how.device, vocabulary=vocabulary, quantised=True)
+    base = open_base(model, device=how.device, vocabulary=vocabulary, own_layers=own_layers)
     for note in base.notes:
         how.tell(note)
     return base

@@ -31,7 +31,9 @@ from luthier.models.coverage import check_coverage
 from luthier.models.gguf import gguf_config, open_gguf
 from luthier.models.gguf_tokenizer import open_gguf_tokenizer
 from luthier.models.precision import dtype_of, form_of, resolve_precision
+from luthier.models.quantised import existing
 from luthier.models.quantised.choose import Choice
+from luthier.models.quantised.existing import is_existing
 from luthier.models.quantised.layer import quantised_layers
 from luthier.models.quantised.loading import on_the_fly, quantise_model
 from luthier.models.quiet import quiet
@@ -87,21 +89,22 @@ def open_base(
     *,
     device: str | torch.device = "cpu",
     vocabulary: Vocabulary | None = None,
-    quantised: bool = False,
+    own_layers: bool = False,
 ) -> Base:
     """Opens a base model on `device`, in its precision, with its tokenizer; the same in evaluation mode every time.
 
     Args:
         vocabulary: what `open_vocabulary` gave for the same `model`, where that was needed before the weights.
-        quantised: let a model through that bitsandbytes quantised, to use it or to train adapters on it.
+        own_layers: hold a model that bitsandbytes quantised in layers of ours, which LoRA trains on and which can be saved;
+            else it is as transformers opens it.
 
     Raises:
-        RequestError: there is no such model, it needs code of its own, is quantised, or a setting does not fit it.
+        RequestError: there is no such model, it needs code of its own, is quantised in another way, or a setting does not fit it.
         ArtifactError: a file is missing, cut off or damaged, or the tensors found are not the ones expected.
     """
     if model.attention is not None:
         check_attention(model.attention)
-    found = _find(model, quantised=quantised)
+    found = _find(model)
     config = _config(model, found)
     vocabulary = vocabulary or _vocabulary(model, found)
     tokenizer, ids = vocabulary.tokenizer, vocabulary.new_token_ids
@@ -110,7 +113,7 @@ def open_base(
     options: dict[str, Any] = {"device_map": {"": torch.device(device)}}
     if model.attention is not None:
         options["attn_implementation"] = model.attention
-    packed = getattr(config, "quantization_config", None) is not None
+    packed = is_existing(config)
     dtype = _dtype_beside(config, model) if packed else dtype_of(model, device)
     form = form_of(model)
     folder = found.source.path if found.source.kind == "folder" else None
@@ -126,6 +129,9 @@ def open_base(
             loaded = _from_state(found.source, state, config, dtype, options)
         else:
             loaded = _load(model, found.source, config, dtype, options)
+    if packed and own_layers:
+        existing.check_order(weight_files(folder) if folder is not None else ())
+        existing.own_layers(loaded, found.source.name)
     loaded.config.dtype = dtype
     choice = options["quantization_config"].choice if streams else None
     if form is not None and not streams:
@@ -144,12 +150,7 @@ def open_base(
 def _dtype_beside(config: PreTrainedConfig, model: ModelConfig) -> torch.dtype:
     """The dtype of what is not quantised in a quantised model: the folder's own."""
     if model.precision is not None:
-        raise RequestError(
-            f"{model.path} is quantised, so its precision is the folder's own.",
-            code="quantised-base",
-            where="precision",
-            remedy="Leave `precision` out.",
-        )
+        raise existing.own_precision(model.path)
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
@@ -183,7 +184,7 @@ class _Found:
     header: GgufHeader | None
 
 
-def _find(model: ModelConfig, *, weights: bool = True, quantised: bool = False) -> _Found:
+def _find(model: ModelConfig, *, weights: bool = True) -> _Found:
     source = find_source(model)
     if source.kind == "gguf":
         assert source.path is not None
@@ -193,7 +194,7 @@ def _find(model: ModelConfig, *, weights: bool = True, quantised: bool = False) 
     else:
         assert source.path is not None
         config = check_folder(source.path) if weights else _plain_config(source)
-    check_config(config, source.name, trust_remote_code=model.trust_remote_code, quantised=quantised)
+    check_config(config, source.name, trust_remote_code=model.trust_remote_code)
     return _Found(source, None)
 
 

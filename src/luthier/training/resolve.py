@@ -20,6 +20,7 @@ from luthier.data.prepare import longest_row, too_long
 from luthier.errors import RequestError
 from luthier.models.adapter_config import choose
 from luthier.models.precision import resolve_precision
+from luthier.models.quantised.existing import is_existing
 from luthier.training.groups import peak_rate
 from luthier.training.stage import fingerprint_at
 
@@ -39,7 +40,8 @@ def pick_device() -> torch.device:
 def before_data(config: RunConfig, base_config: Any, device: torch.device) -> RunConfig:
     """Fill what the model, the device and the method decide: precision, longest row, batch, rate, scale."""
     config = config.model_copy(deep=True)
-    config.model.precision = resolve_precision(config.model, device)
+    if not is_existing(base_config):  # whose precision is its own
+        config.model.precision = resolve_precision(config.model, device)
     config.data.too_long = too_long(config)
     text_config = base_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)

@@ -36,6 +36,7 @@ from luthier.models.open import (  # fmt: skip
 )
 from luthier.models.precision import dtype_of, form_of, unquantised
 from luthier.models.quantised.choose import Choice, quantisation_of
+from luthier.models.quantised.existing import check_request, is_existing
 from luthier.models.saved_adapter import fit_vocabulary, open_adapter
 from luthier.report.metrics import MetricsLog
 from luthier.training import base_folder, numerics, optimizers, schedule
@@ -76,7 +77,10 @@ class Session:
 
     def data(self) -> tuple[Prepared, Batches, int]:
         """Everything that can be wrong with the request is found here, before weights are read."""
-        self.config = before_data(self.config, open_config(self._model_config()), self.device)
+        base_config = open_config(self._model_config())
+        if is_existing(base_config):
+            check_request(self._model_config(), self.config.adapter)
+        self.config = before_data(self.config, base_config, self.device)
         self._vocabulary = open_vocabulary(self._model_config())
         tokenizer = self._vocabulary.tokenizer
         prepared = prepare(self.config, tokenizer, say=self.notes.append)
@@ -127,7 +131,7 @@ class Session:
     def model(self) -> tuple[Base, nn.Module]:
         self._make_base()
         self._write_unquantised()
-        base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary)
+        base = open_base(self._model_config(), device=self.device, vocabulary=self._vocabulary, own_layers=True)
         self.notes += base.choice.notes if base.choice else ()
         self._choice = base.choice
         own = base_folder.existing(self.run)

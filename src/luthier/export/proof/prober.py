@@ -152,7 +152,7 @@ def open_model(folder, request, layered):
 def open_whole(folder, request):
     """What a user would type: AutoModelForCausalLM for a model, PeftModel on top of the base for an adapter."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {
         "dtype": getattr(torch, request["dtype"]),
@@ -179,8 +179,11 @@ def open_whole(folder, request):
     from peft import PeftModel
 
     named = json.loads((folder / "adapter_config.json").read_text())
-    base = request["base"] or named["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, revision=named.get("revision") or "main", **options)
+    base, revision = request["base"] or named["base_model_name_or_path"], named.get("revision") or "main"
+    told = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=request["trust_remote_code"])
+    if getattr(told, "quantization_config", None):  # which would go to a GPU by itself
+        options["device_map"] = {"": request["device"]}
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, **options)
     model = dequantised(model, request, options["dtype"])
     if quantisation and quantisation["precision"] == "fp8":
         round_to_fp8(model, quantisation["skip"])

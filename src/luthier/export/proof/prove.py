@@ -108,9 +108,9 @@ def make_probe(model: Any, samples: Sequence[Sequence[int]], *, deterministic: b
 
 
 def _quantisation(base: nn.Module) -> dict[str, Any] | None:
-    """What plain libraries have to be told to quantise a base as this one is."""
+    """What plain libraries have to be told to quantise a base as this one is; nothing where its folder says so itself."""
     layers = quantised_layers(base)
-    if not layers:
+    if not layers or layers[0].is_given:
         return None
     from transformers.pytorch_utils import Conv1D
 

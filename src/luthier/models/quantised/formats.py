@@ -12,14 +12,16 @@ leaves every row with its own scales.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
 from luthier.errors import RequestError
 
-Form = Literal["nf4", "int8", "fp8"]
-FORMS: tuple[Form, ...] = get_args(Form)
+Form = Literal["nf4", "int8", "fp8", "fp4"]
+FORMS: tuple[Form, ...] = ("nf4", "int8", "fp8")
+"""What matrices are packed to; fp4, and blocks of other lengths, are only read where a folder has them."""
+FOUR_BITS: tuple[Form, ...] = ("nf4", "fp4")
 BLOCK = 64
 LARGEST_E4M3 = 448.0
 _AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -35,17 +37,22 @@ class Packed(NamedTuple):
 
 def fits(columns: int, form: Form) -> bool:
     """Whether rows of this length can be held whole: nf4's blocks must not cross rows."""
-    return form != "nf4" or columns % BLOCK == 0
+    return form not in FOUR_BITS or columns % BLOCK == 0
 
 
 def code_bytes(columns: int, form: Form) -> int:
     """Bytes of one row's codes."""
-    return columns // 2 if form == "nf4" else columns
+    return columns // 2 if form in FOUR_BITS else columns
 
 
 def scale_bytes(columns: int, form: Form) -> int:
     """Bytes of one row's scales."""
-    return 4 * (columns // BLOCK) if form == "nf4" else 4
+    return 4 * (columns // BLOCK) if form in FOUR_BITS else 4
+
+
+def block_of(codes: torch.Tensor, scales: torch.Tensor) -> int:
+    """How many numbers in 4 bits share a scale."""
+    return 8 * codes.shape[1] // scales.shape[1]
 
 
 @torch.no_grad()
@@ -72,6 +79,8 @@ def quantise(weight: torch.Tensor, form: Form) -> Packed:
 @torch.no_grad()
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, form: Form, dtype: torch.dtype) -> torch.Tensor:
     """The matrix (rows, columns) that codes and scales stand for, rounded once to `dtype`."""
+    if form in FOUR_BITS:
+        return _unpack_four_bits(codes, scales, form, dtype)
     return _UNPACK[form](codes, scales.view(torch.float32), dtype)
 
 
@@ -104,10 +113,10 @@ def _pack_nf4(weight: torch.Tensor) -> Packed:
     return Packed(codes.view(rows, columns // 2), as_bytes(scales.view(rows, columns // BLOCK)))
 
 
-def _unpack_nf4(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    shape = [codes.shape[0], 2 * codes.shape[1]]
+def _unpack_four_bits(codes: torch.Tensor, scales: torch.Tensor, form: Form, dtype: torch.dtype) -> torch.Tensor:
+    shape, absmax = [codes.shape[0], 2 * codes.shape[1]], scales.view(torch.float32).reshape(-1)
     return torch.ops.bitsandbytes.dequantize_4bit.default(
-        codes.view(-1, 1), scales.reshape(-1), BLOCK, "nf4", shape, dtype
+        codes.view(-1, 1), absmax, block_of(codes, scales), form, shape, dtype
     )
 
 
@@ -140,4 +149,4 @@ def by_row(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _PACK = {"nf4": _pack_nf4, "int8": _pack_int8, "fp8": _pack_fp8}
-_UNPACK = {"nf4": _unpack_nf4, "int8": _unpack_int8, "fp8": _unpack_fp8}
+_UNPACK = {"int8": _unpack_int8, "fp8": _unpack_fp8}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from luthier.models.quantised import fp8
-from luthier.models.quantised.formats import BLOCK, Form, code_bytes, dequantise, scale_bytes
+from luthier.models.quantised.formats import FOUR_BITS, Form, block_of, code_bytes, dequantise, scale_bytes
 
 Multiplies = Literal["16 bits", "fp8", "llm.int8"]
 """How the product is formed: the weight dequantised first, activations in fp8 too, or as bitsandbytes' Linear8bitLt does."""
@@ -31,6 +31,9 @@ class QuantisedLinear(nn.Module):
     Attributes:
         computes_in: the dtype of the 16-bit layers around it.
         multiplies: how the product is formed.
+        product_in: the dtype it is formed in, x's own where it is None.
+        threshold: of LLM.int8(): columns of x with a larger magnitude are multiplied in 16 bits.
+        is_given: the codes are those of a folder that was quantised already.
     """
 
     codes: nn.Parameter
@@ -42,6 +45,8 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.form, self.computes_in = in_features, out_features, form, dtype
         self.multiplies: Multiplies = "16 bits"
+        self.product_in: torch.dtype | None = None
+        self.threshold, self.is_given = OUTLIER, False
         self.codes = _bytes(torch.empty(out_features, code_bytes(in_features, form), dtype=torch.uint8, device="meta"))
         self.scales = _bytes(torch.empty(out_features, scale_bytes(in_features, form), dtype=torch.uint8, device="meta"))  # fmt: skip
         self.register_parameter("bias", bias)
@@ -61,7 +66,10 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in_features) to (…, out_features), in x's dtype."""
-        return cast(torch.Tensor, _Product.apply(x, self.codes, self.scales, self.bias, self.form, self.multiplies))
+        inner = x if self.product_in is None else x.to(self.product_in)
+        bias = self.bias if self.bias is None else self.bias.to(inner.dtype)
+        product = _Product.apply(inner, self.codes, self.scales, bias, self.form, self.multiplies, self.threshold)
+        return cast(torch.Tensor, product).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What print(model) shows of it."""
@@ -102,6 +110,7 @@ class _Product(torch.autograd.Function):
         bias: torch.Tensor | None,
         form: Form,
         multiplies: Multiplies,
+        threshold: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.form, ctx.multiplies = form, multiplies
@@ -109,13 +118,13 @@ class _Product(torch.autograd.Function):
             product = fp8.forward(x, codes, scales)
             return product if bias is None else product + bias
         if multiplies == "llm.int8":
-            return _llm_int8(x, codes, scales, bias)
+            return _llm_int8(x, codes, scales, bias, threshold)
         if (
-            form == "nf4"
+            form in FOUR_BITS
         ):  # as bitsandbytes' Linear4bit, whose kernels for few rows give other bits than a dequantised product
             shape = [codes.shape[0], x.shape[-1]]
-            absmax = scales.view(torch.float32).reshape(-1)
-            return torch.ops.bitsandbytes.gemm_4bit.default(x, codes.view(-1, 1), shape, absmax, BLOCK, "nf4", bias=bias)  # fmt: skip
+            absmax, block = scales.view(torch.float32), block_of(codes, scales)
+            return torch.ops.bitsandbytes.gemm_4bit.default(x, codes.view(-1, 1), shape, absmax.reshape(-1), block, form, bias=bias)  # fmt: skip
         return nn.functional.linear(x, dequantise(codes, scales, form, x.dtype), bias)
 
     @staticmethod
@@ -130,13 +139,15 @@ class _Product(torch.autograd.Function):
                 of_x = grad @ dequantise(codes, scales, ctx.form, grad.dtype)
         if ctx.needs_input_grad[3]:
             of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return of_x, None, None, of_bias, None, None
+        return of_x, None, None, of_bias, None, None, None
 
 
-def _llm_int8(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _llm_int8(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
     """The product as bitsandbytes' Linear8bitLt forms it: rows of x in int8 too, columns with outliers in 16 bits."""
     flat = x.reshape(-1, x.shape[-1])
-    rows, row_scales, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant.default(flat.to(torch.float16), OUTLIER)
+    rows, row_scales, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant.default(flat.to(torch.float16), threshold)
     product, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm.default(
         flat, rows, codes.view(torch.int8), row_scales, scales.view(torch.float32).reshape(-1), outliers, bias
     )
