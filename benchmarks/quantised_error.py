@@ -11,9 +11,11 @@ measured where it is installed; what it has no form for is left out.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bitsandbytes
 import torch
@@ -50,8 +52,8 @@ def torchao_forms() -> dict[str, tuple[Round, float]]:
     def through(config: object) -> Round:
         def rounded(weight: torch.Tensor) -> torch.Tensor:
             layer = torch.nn.Linear(
-                weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype
-            )
+                weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=torch.float32
+            )  # it dequantises to the dtype it was given, and 16 bits would round once more
             layer.weight.data.copy_(weight)
             quantize_(layer, config)
             return layer.weight.dequantize().float()
@@ -60,7 +62,25 @@ def torchao_forms() -> dict[str, tuple[Round, float]]:
 
     forms = {"torchao int8 weight-only, a scale a row": (through(Int8WeightOnlyConfig()), 8 + 32 / 1024)}
     forms["torchao fp8 weight-only, a scale a row"] = (through(Float8WeightOnlyConfig()), 8 + 32 / 1024)
+    if (to_nf4 := torchao_nf4()) is not None:
+
+        def nf4(weight: torch.Tensor) -> torch.Tensor:
+            scales = weight.numel() // 64
+            together = next(block for block in (256, 64, 1) if scales % block == 0)  # 256 is its default
+            return to_nf4(weight.float(), 64, together).get_original_weight()
+
+        forms["torchao nf4, double quantisation"] = (nf4, 4 + 8 / 64 + 32 / (64 * 256))
     return forms
+
+
+def torchao_nf4() -> Callable[[torch.Tensor], Any] | None:
+    """torchao's `to_nf4` (blocks of 64, scales in int8 by 256), where this version of it has one."""
+    for place in ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor"):
+        try:
+            return importlib.import_module(place).to_nf4
+        except ImportError:
+            continue
+    return None
 
 
 def rows() -> dict[str, tuple[Round, float]]:
