@@ -17,6 +17,7 @@ import luthier
 from luthier.cli import main
 from luthier.export import quantised
 from luthier.export.proof.exports import prove_quantised
+from luthier.models.quantised.formats import quantise, scales_of
 
 IDS = torch.tensor([[1, 5, 80, 81, 2, 7, 9]])
 PLAIN = {
@@ -171,3 +172,13 @@ def test_quantised_folders_and_adapters_are_refused(base, tmp_path):
     assert refusal.value.code == "quantised-base"
     with pytest.raises(luthier.RequestError, match="format"):
         luthier.export(base, tmp_path / "again", to="transformers", packing="nf4")
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scales_alone_are_those_that_packing_gives(form, dtype):
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3] = 0
+    weight[5] *= 2.0**-12
+    weight[7, 100] = 900
+    assert torch.equal(scales_of(weight, form), quantise(weight, form).scales)

@@ -35,7 +35,7 @@ from luthier.export.source import Source, open_source
 from luthier.export.stream import Output, write_stream
 from luthier.export.unfinished import unfinished
 from luthier.models.quantised.choose import choose
-from luthier.models.quantised.formats import BLOCK, FORMS, Form, code_bytes, quantise, scale_bytes
+from luthier.models.quantised.formats import BLOCK, FORMS, Form, code_bytes, quantise, scale_bytes, scales_of
 from luthier.models.targets import expert_parameters
 
 AT_ONCE = 1 << 22  # elements read and packed at a time
@@ -245,7 +245,10 @@ class Packing(Source):
             self._source.read(part.weight, low * columns, held)
             if self._word:
                 held = held.to(FROM_FILE[self._word])
-            made = getattr(quantise(held.view(-1, columns), self._form), part.field).reshape(-1)
+            rows = held.view(-1, columns)
+            # in a file scales come before codes, the widest numbers first
+            made = scales_of(rows, self._form) if part.field == "scales" else quantise(rows, self._form).codes
+            made = made.reshape(-1)
             at, until = max(low * part.row, start), min(high * part.row, end)
             raw[at - start : until - start] = made[at - low * part.row : until - low * part.row]
 

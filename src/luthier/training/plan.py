@@ -139,7 +139,7 @@ def _measure(parts: Parts, progress: Progress, summary: str, total: int) -> Plan
     kept += total // checkpoint.keep_every if checkpoint.keep_every else 0
     kept = min(kept, total // max(1, steps_of(checkpoint.every, parts.batches.steps_per_epoch)) + 1)
     return Plan(
-        summary, str(parts.device), parts.config.model.precision or "", total, parts.batches.steps_per_epoch,
+        summary, str(parts.device), parts.config.model.precision or "the precision of its folder", total, parts.batches.steps_per_epoch,
         sum(tokens) / len(tokens), rate, rate * total, memory_gib(parts.device), manifest.size,
         manifest.size * kept + base_bytes, free_bytes(parts.run), stall, save_seconds, rehearsal,
     )  # fmt: skip

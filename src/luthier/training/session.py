@@ -257,7 +257,7 @@ class Session:
         for line in optimizer.describe():
             self.say(line)
         self.say(
-            f"{total} steps, {batches.steps_per_epoch} an epoch, on {environment['device']} in {config.model.precision}"
+            f"{total} steps, {batches.steps_per_epoch} an epoch, on {environment['device']} in {config.model.precision or 'the precision of its folder'}"
         )
         self.say(
             f"checkpoints: {self.run / 'checkpoints'} ({readable_size(size)} each, every {config.checkpoint.every} steps)"

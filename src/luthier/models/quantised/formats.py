@@ -77,6 +77,16 @@ def quantise(weight: torch.Tensor, form: Form) -> Packed:
 
 
 @torch.no_grad()
+def scales_of(weight: torch.Tensor, form: Form) -> torch.Tensor:
+    """The scales that `quantise` gives, without the codes: for whoever writes one and then the other."""
+    if form == "nf4":
+        return as_bytes(weight.reshape(weight.shape[0], -1, BLOCK).abs().amax(dim=2))
+    if form == "int8":
+        return as_bytes(weight.to(torch.float16).abs().amax(dim=1, keepdim=True))
+    return as_bytes(row_scales(weight))
+
+
+@torch.no_grad()
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, form: Form, dtype: torch.dtype) -> torch.Tensor:
     """The matrix (rows, columns) that codes and scales stand for, rounded once to `dtype`."""
     if form in FOUR_BITS:
@@ -140,10 +150,15 @@ def _unpack_fp8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return (codes.view(torch.float8_e4m3fn).to(torch.float32) * scales).to(dtype)
 
 
+def row_scales(matrix: torch.Tensor) -> torch.Tensor:
+    """fp32 scales (rows, 1) that bring each row's largest magnitude to e4m3's."""
+    largest = matrix.abs().amax(dim=1, keepdim=True).to(torch.float32)
+    return torch.where(largest == 0, 1.0, largest / LARGEST_E4M3)
+
+
 def by_row(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix in e4m3 and its fp32 scales (rows, 1); a row of zeros has scale 1."""
-    largest = matrix.abs().amax(dim=1, keepdim=True).to(torch.float32)
-    scales = torch.where(largest == 0, 1.0, largest / LARGEST_E4M3)
+    scales = row_scales(matrix)
     scaled = (matrix.to(torch.float32) / scales).clamp_(-LARGEST_E4M3, LARGEST_E4M3)  # a cast beyond 448 gives NaN
     return scaled.to(torch.float8_e4m3fn), scales
 
