@@ -33,7 +33,8 @@ def make(folder: Path, layers: int, hidden: int, inner: int, vocab: int) -> None
 
     from luthier.artifacts.tensorfile import TensorSpec, plan_files
 
-    heads, keys = hidden // 128, max(1, hidden // 384)
+    heads = hidden // 128
+    keys = next(count for count in range(max(1, hidden // 384), 0, -1) if heads % count == 0)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": 128,

@@ -41,13 +41,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "embeddings saved whole": {"modules_to_save": ["embed_tokens"]},
     "trained tokens": {"trainable_token_indices": {"embed_tokens": [3, 5, 9]}},
     "experts": {"target_parameters": EXPERTS},
+    "grown vocabulary": {"grow": 5, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "convolution": {"also": ["patch_embedding"]},
 }
 HAVE_NO_BIAS = ("llama", "gemma3", "phi3", "qwen3-moe")
 CASES = [
     pytest.param(base, option, marks=[] if option == "dora" else [pytest.mark.slow])
     for base in BASES
     for option in OPTIONS
-    if (option != "experts" or base == "qwen3-moe")
+    if base == {"experts": "qwen3-moe", "convolution": "mllama"}.get(option, base)
     and ("bias" not in option or base not in HAVE_NO_BIAS)
 ]  # fmt: skip
 
@@ -64,9 +66,25 @@ def bases(tmp_path_factory) -> Callable[[str], Path]:
     return base_of
 
 
-def opened(folder: Path, kind: str):
+def opened(folder: Path, kind: str, grow: int = 0):
     model = MllamaForConditionalGeneration if kind == "mllama" else AutoModelForCausalLM
-    return model.from_pretrained(folder, dtype=torch.float32)
+    model = model.from_pretrained(folder, dtype=torch.float32)
+    if grow:
+        model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + grow, mean_resizing=False)
+    return model
+
+
+def make_adapter(model, folder: Path, settings: dict[str, Any], seed: int = 1) -> Path:
+    """A saved adapter, every trained weight of which was disturbed."""
+    torch.manual_seed(seed)
+    live = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, **settings))
+    with torch.no_grad():
+        for name, weight in live.named_parameters():
+            if weight.requires_grad:
+                spread = 0.05 * torch.randn_like(weight)
+                weight.copy_(weight.abs() * (1 + spread) if "magnitude" in name else weight + spread)
+    live.save_pretrained(folder)
+    return folder
 
 
 def logits(model, kind: str) -> torch.Tensor:
@@ -77,18 +95,28 @@ def logits(model, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize(("kind", "option"), CASES)
 def test_merged_model_answers_as_base_and_adapter_together(kind, option, bases, tmp_path):
     settings = dict(OPTIONS[option])
-    targets = [*BASES[kind][1], *settings.pop("also", [])]
-    torch.manual_seed(1)
-    live = get_peft_model(opened(bases(kind), kind), LoraConfig(r=4, lora_alpha=16, target_modules=targets, **settings))
-    with torch.no_grad():
-        for name, weight in live.named_parameters():
-            if weight.requires_grad:
-                spread = 0.05 * torch.randn_like(weight)
-                weight.copy_(weight.abs() * (1 + spread) if "magnitude" in name else weight + spread)
-    live.save_pretrained(tmp_path / "adapter")
-    merge_folders(bases(kind), tmp_path / "adapter", tmp_path / "merged")
-    live = PeftModel.from_pretrained(opened(bases(kind), kind), str(tmp_path / "adapter"))
+    grow = settings.pop("grow", 0)
+    settings["target_modules"] = [*BASES[kind][1], *settings.pop("also", [])]
+    adapter = make_adapter(opened(bases(kind), kind, grow), tmp_path / "adapter", settings)
+    merge_folders(bases(kind), adapter, tmp_path / "merged")
+    live = PeftModel.from_pretrained(opened(bases(kind), kind, grow), str(adapter))
     wanted, found = logits(live, kind), logits(opened(tmp_path / "merged", kind), kind)
     with live.disable_adapter():
         assert (logits(live, kind) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert (wanted - found).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BASES)
+def test_two_adapters_merged_answer_as_both_active_together(kind, bases, tmp_path):
+    targets = {"target_modules": BASES[kind][1]}
+    first = make_adapter(opened(bases(kind), kind), tmp_path / "first", targets)
+    second = make_adapter(opened(bases(kind), kind), tmp_path / "second", targets | {"use_rslora": True}, seed=2)
+    merge_folders(bases(kind), [first, second], tmp_path / "merged")
+    live = PeftModel.from_pretrained(opened(bases(kind), kind), str(first), adapter_name="first")
+    alone = logits(live, kind)
+    live.load_adapter(str(second), adapter_name="second")
+    live.base_model.set_adapter(["first", "second"])
+    wanted, found = logits(live, kind), logits(opened(tmp_path / "merged", kind), kind)
+    assert (alone - wanted).abs().max() > 1e-3 * wanted.abs().max()
     assert (wanted - found).abs().max() <= 1e-5 * wanted.abs().max()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import luthier
 from luthier.cli import main
+from luthier.export.sharded import source as source_module
 
 SAVER = Path(__file__).with_name("save_sharded.py")
 
@@ -81,6 +82,8 @@ def test_sharded_checkpoint_becomes_the_folder_that_torch_would_read(form, saved
     wanted, found = by_torch(saved["cookbook"], tmp_path), weights_of(tmp_path / "out")
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    proof = json.loads((tmp_path / "out/proof.json").read_text())
+    assert proof["passed"] and proof["compared"].startswith(f"{len(wanted)} tensors")
     assert ("entries left out" in told) == (form in ("cookbook", "stateful"))
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
@@ -98,6 +101,22 @@ def test_dtype_is_the_bases_and_the_base_may_be_named_by_the_training(saved, bas
     found = weights_of(tmp_path / "out")
     assert wanted.keys() == found.keys() and len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_folder_that_is_not_what_torch_reads_is_not_published(saved, base, tmp_path, monkeypatch):
+    """Two matrices of one shape under each other's names: whole, finite, and wrong."""
+
+    def exchanged(weights):
+        source, names, left = true_open(weights)
+        one, other = (f"model.layers.0.mlp.{which}_proj.weight" for which in ("gate", "up"))
+        blocks = source._blocks
+        blocks[names[one]], blocks[names[other]] = blocks[names[other]], blocks[names[one]]
+        return source, names, left
+
+    true_open = source_module._open
+    monkeypatch.setattr(source_module, "_open", exchanged)
+    refused(saved["flat"], base, tmp_path / "out", "2 tensors differ from what torch reads", "gate_proj")
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +243,7 @@ def test_llama_vision_comes_out_with_its_processor(tmp_path):
     base = without_weights(model, tmp_path / "base")
     made = luthier.export(out.parent, tmp_path / "out", to="transformers", base=base)
     assert made.opens_with == "MllamaForConditionalGeneration.from_pretrained"
+    assert json.loads((tmp_path / "out/proof.json").read_text())["passed"]
     from transformers import MllamaForConditionalGeneration
 
     wanted = MllamaForConditionalGeneration.from_pretrained(model).state_dict()
@@ -242,6 +262,7 @@ def test_state_dict_becomes_a_folder(name, model, base, tmp_path):
     torch.save({"model": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 3}, source / name)
     given = source if name == "model.pt" else source / name
     luthier.export(given, tmp_path / "out", to="transformers", base=base)
+    assert json.loads((tmp_path / "out/proof.json").read_text())["passed"]
     found = weights_of(tmp_path / "out")
     assert found.keys() == tensors.keys() and all(torch.equal(found[n], tensors[n]) for n in tensors)
 

@@ -124,8 +124,9 @@ def export_folder(
     shard_bytes = folders.shard_bytes(shard_size, DEFAULT_SHARD)
     bare = bare_weights(sources[0]) if to == "transformers" and len(sources) == 1 else None
     if bare is not None:
-        opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, read_back=prove)
-        return Exported(out, to, f"{opens}.from_pretrained", "every tensor of the architecture is there, and no other", tuple(notes))  # fmt: skip
+        opens, notes = export_bare(bare, out, base=base, dtype=dtype, shard_bytes=shard_bytes, prove=prove)
+        whole = "every tensor of the architecture is there, and no other"
+        return Exported(out, to, f"{opens}.from_pretrained", proof_line(out) or whole, (whole, *notes) if prove else tuple(notes))  # fmt: skip
     if to == "transformers" and len(sources) == 1 and (file := _gguf_file(sources[0])) is not None:
         from luthier.export.gguf.source import export_from_gguf
 

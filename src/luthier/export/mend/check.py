@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from luthier.config.schema import ModelConfig
 from luthier.errors import ArtifactError
 from luthier.export.proof.prove import (
     TEXTS,
+    Probe,
     Proof,
     compare,
     largest_difference,
@@ -24,6 +26,9 @@ from luthier.models.coverage import check_coverage
 from luthier.models.open import open_base
 from luthier.models.quiet import quiet
 
+CARRIED = 0.1
+"""A recovered adapter is one if at most this share of what training did to the logits is missing."""
+
 
 @dataclass
 class Checked:
@@ -34,12 +39,15 @@ class Checked:
     proof: Proof | None = None
 
 
-def check_mended(folder: Path, kind: str, base: Path | None, merged: Path | None, *, prove: bool) -> Checked:
+def check_mended(
+    folder: Path, kind: str, base: Path | None, merged: Path | None, *, prove: bool, approximate: bool = False
+) -> Checked:
     """Open a mended folder, with a coverage check, and prove it by plain libraries where a tokenizer is at hand.
 
     Args:
         base: an adapter's; the one its config names if None, and only its files are checked where that isn't here.
-        merged: the model that a recovered adapter should equal; how far it does is measured.
+        merged: the model that a recovered adapter should equal; the proof measures how far it does.
+        approximate: its rank was chosen by someone, so a part may be missing; the proof says how much.
 
     Raises:
         ArtifactError: the folder does not open, lacks or adds tensors, or the proof failed.
@@ -62,24 +70,51 @@ def check_mended(folder: Path, kind: str, base: Path | None, merged: Path | None
     probe = make_probe(model, [tokenizer(text)["input_ids"] for text in TEXTS], deterministic=False, trust_remote_code=False)  # fmt: skip
     live = live_answers(model, tokenizer, probe)
     del model
-    says = "Opened with every tensor in its place; "
-    proof = None
+    says, facts, proof = "Opened with every tensor in its place; ", {}, None
     if not prove:
         says += "no proof was asked for."
     elif not _has_tokenizer(folder):
         says += "not proven, for want of a tokenizer (--base BASE gives one)."
     else:
-        proof = compare(live, plain_answers(folder, probe, base=str(base) if base else None), device=probe.device)
+        found = plain_answers(folder, probe, base=str(base) if base else None)
+        proof = compare(live, found, device=probe.device)
+        if merged is not None and proof.verdict != "failed":
+            facts["against_merged"], proof = _against_merged(
+                merged, tokenizer, probe, proof, found.logits, found.plain, approximate
+            )
         says += f"proof {proof.verdict}: {proof.says}"
     if proof is not None and proof.verdict == "failed":
         raise ArtifactError(f"the proof failed: {proof.says}", code="proof-failed", where=str(folder), remedy="Nothing was published.")  # fmt: skip
-    facts: dict[str, Any] = {}
-    if merged is not None:
-        whole = _open_model(merged)
-        wanted = live_answers(whole.to(getattr(torch, probe.dtype)), tokenizer, probe).logits
-        facts["against_merged"] = {"max_logit_difference": largest_difference(wanted, live.logits)}
-        says += f" Its logits differ from the merged model's by up to {facts['against_merged']['max_logit_difference']:.3g}."  # fmt: skip
     return Checked(says, facts, proof)
+
+
+def _against_merged(
+    merged: Path, tokenizer: Any, probe: Probe, proof: Proof,
+    found: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], approximate: bool,
+) -> tuple[dict[str, float], Proof]:  # fmt: skip
+    """Whether base and recovered adapter compute what the merged model does.
+
+    The measure is the share of what training did to the logits that is missing: ‖merged - recovered‖ / ‖merged - base‖.
+    A merge in 16 bits was rounded, and so is the computation, so some is; an adapter with a wrong scale, a missing
+    layer or swapped factors is off by as much as training did.
+    """
+    whole = _open_model(merged)
+    wanted = live_answers(whole.to(getattr(torch, probe.dtype)), tokenizer, probe).logits
+    left = _distance(wanted, found)
+    missing = left / max(_distance(wanted, plain), torch.finfo(torch.float32).tiny)
+    facts = {"max_logit_difference": largest_difference(wanted, found), "missing_share": missing}
+    told = f"the merged model's logits are matched but for {missing:.2g} of what training did to them (up to {facts['max_logit_difference']:.3g})"  # fmt: skip
+    if missing <= CARRIED:
+        return facts, replace(proof, says=f"{proof.says} As an adapter: {told}.")
+    if approximate and missing < 1:
+        says = f"{told}, which the rank that was asked for does not carry; what it does carry was {proof.says}"
+        return facts, replace(proof, verdict="inconclusive", passed=False, says=says)
+    says = f"{told}, more than the {CARRIED:g} that rounding may cost a recovered adapter."
+    return facts, replace(proof, verdict="failed", passed=False, says=says, differences=(says,))
+
+
+def _distance(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([(a.double() - b.double()).norm() for a, b in zip(left, right, strict=True)]).norm())
 
 
 def _has_tokenizer(folder: Path) -> bool:

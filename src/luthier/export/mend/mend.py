@@ -322,8 +322,12 @@ def _recover(repair: _Repair, rank: int | None, say: Callable[[str], None]) -> N
 
     if repair.base is None or repair.kind != "base" or (rank is not None and rank < 1):
         raise RequestError("recovering an adapter takes a merged model, its base, and a rank of 1 or more.", code="cannot-know", where=str(repair.source), remedy="Give: luthier mend MERGED DST --base BASE [--rank R].")  # fmt: skip
+    config = AutoConfig.from_pretrained(repair.base, local_files_only=True)
+    for what, settings in (("base", vars(config)), ("merged model", json.loads(repair.small["config.json"]))):
+        if settings.get("quantization_config"):
+            raise RequestError(f"the {what} is quantised, so a difference of the two is codes or their rounding, and no adapter.", code="not-recoverable", where=str(repair.base if what == "base" else repair.source), remedy="Give the 16-bit model that it was made from; luthier export … --to transformers dequantises one.")  # fmt: skip
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(repair.base, local_files_only=True))
+        model = AutoModelForCausalLM.from_config(config)
     found = recover(repair.base_items(), repair.items, model, rank=rank, where=str(repair.source), say=say)
     found.config["base_model_name_or_path"] = str(repair.base)
     repair.kind, repair.items, repair.table = "adapter", found.items, found.table()
@@ -344,7 +348,8 @@ def _publish(repair: _Repair, target: Path, prove: bool) -> str:
             kind=repair.kind, metadata=repair.metadata, shard_bytes=WHOLE if adapter else DEFAULT_SHARD,
         )  # fmt: skip
         merged = repair.source if "recovered" in repair.facts else None
-        checked = check_mended(partial, repair.kind, repair.base, merged, prove=prove)
+        approximate = merged is not None and repair.facts["recovered"]["rank"] is not None
+        checked = check_mended(partial, repair.kind, repair.base, merged, prove=prove, approximate=approximate)
         facts = {**repair.facts, **checked.facts, "done": repair.done, "checked": checked.says}
         late = {RECORD: json.dumps({"source": str(repair.source), **facts}, indent=1, ensure_ascii=False).encode() + b"\n"}  # fmt: skip
         if checked.proof is not None:

@@ -117,7 +117,7 @@ def recover(
         if layer.rank == 0:
             continue  # what differs is no more than rounding
         if rank is None and layer.rank * 2 > min(delta.shape):
-            raise _cannot(f"{module} differs by rank {layer.rank} of at most {min(delta.shape)}, so it was not changed by a low-rank adapter.", where, "Keep the merged model, or give --rank R for an approximation whose error is written down.")  # fmt: skip
+            raise _not_low_rank(module, delta, layer, where)
         ranks[module] = layer.rank
         result.layers.append(layer)
         result.items |= as_they_are(MemorySource(Path(where), {f"{PEFT}{module}.lora_A.weight": a, f"{PEFT}{module}.lora_B.weight": b}))  # fmt: skip
@@ -164,6 +164,14 @@ def _check_same(base: Mapping[str, Output], merged: Mapping[str, Output], tied: 
 
 def _cannot(why: str, where: str, remedy: str = "Keep the merged model: it is whole as it is.") -> RequestError:
     return RequestError(why, code="not-recoverable", where=where, remedy=remedy)
+
+
+def _not_low_rank(module: str, delta: torch.Tensor, layer: Layer, where: str) -> RequestError:
+    """With what approximations of some ranks would leave, for choosing one."""
+    values, norm = torch.linalg.svdvals(delta), float(delta.norm())
+    left = {rank: float(values[rank:].norm()) / norm for rank in (8, 16, 32, 64, 128) if rank < len(values)}
+    told = "; ".join(f"rank {rank} would leave {share:.0%}" for rank, share in left.items())
+    return _cannot(f"{module} differs by rank {layer.rank} of at most {min(delta.shape)}, so it was not changed by a low-rank adapter ({told} of the difference).", where, "Keep the merged model, or give --rank R for an approximation whose error is written down.")  # fmt: skip
 
 
 def _decompose(

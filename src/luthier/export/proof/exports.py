@@ -54,7 +54,7 @@ def prove_merge(
         alone = len(adapters) == 1 and weights is None
         if not _fits(folder):
             return checked(prove_slices(folder, base, adapters[0]), folder) if alone else _not_opened()
-        dtype = _main_dtype(folder)
+        dtype = main_dtype(folder)
         probe = _probe(folder, "float32")
         found = plain_answers(folder, probe, tokenizer=False)
         together = None if alone else list(zip(adapters, weights or [1.0] * len(adapters), strict=True))
@@ -90,7 +90,7 @@ def prove_quantised_merge(adapter: Path, onto: str, seen: Values, original: Path
             return _not_opened()
         from luthier.export.merged.merge import merge_folders
 
-        dtype = _main_dtype(folder)
+        dtype = main_dtype(folder)
         probe, rounding = _probe(folder, "float32"), ROUNDING[dtype]
         asked = replace(probe, quantisation=seen.quantised.asked() if seen.quantised else None, dequantise=True)
         found = plain_answers(folder, probe, tokenizer=False)
@@ -152,7 +152,7 @@ def prove_dequantised(source: Path, word: str | None) -> Callable[[Path], bytes]
     def prove(folder: Path) -> bytes:
         if not _fits(folder):
             return _not_opened()
-        probe = _probe(source, folders.DTYPES.get(word or _main_dtype(folder), "float32"))
+        probe = _probe(source, folders.DTYPES.get(word or main_dtype(folder), "float32"))
         expected = plain_answers(source, replace(probe, dequantise=True), tokenizer=False)
         proof = compare(expected, plain_answers(folder, probe, tokenizer=False), device="cpu")
         kernels = largest_difference(expected.kernels, expected.logits)
@@ -202,7 +202,7 @@ def prove_copy(source: Path, word: str | None) -> Callable[[Path], bytes]:
         if not _fits(folder):
             return checked(prove_slices(folder, source, None), folder)
         names = {"BF16": "bfloat16", "F16": "float16"}
-        probe = _probe(source, names.get(word or _main_dtype(folder), "float32"))
+        probe = _probe(source, names.get(word or main_dtype(folder), "float32"))
         asked = (source / "tokenizer_config.json").is_file()
         try:
             expected = plain_answers(source, probe, tokenizer=asked)
@@ -230,10 +230,10 @@ def checked(proof: Proof, folder: Path) -> bytes:
 
 
 def _probe(folder: Path, dtype: str) -> Probe:
-    return Probe(_ids(folder), dtype, "cpu", None, torch.get_num_threads(), False)
+    return Probe(probe_ids(folder), dtype, "cpu", None, torch.get_num_threads(), False)
 
 
-def _ids(folder: Path) -> list[list[int]]:
+def probe_ids(folder: Path) -> list[list[int]]:
     """Token ids of a few texts where a tokenizer is there, else ids spread over the vocabulary."""
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -246,7 +246,7 @@ def _ids(folder: Path) -> list[list[int]]:
     return [[(7 * place + 3) % vocabulary for place in range(32)]]
 
 
-def _main_dtype(folder: Path) -> str:
+def main_dtype(folder: Path) -> str:
     return main_float(place.spec for path in folder.glob("*.safetensors") for place in read_header(path)[0].values())
 
 
