@@ -90,7 +90,7 @@ def test_recovered_adapter_that_does_not_give_the_merged_model_is_not_published(
 
     true_recover = mend.recover
     monkeypatch.setattr(mend, "recover", twice)
-    with pytest.raises(luthier.ArtifactError, match="more than the 0.1 that rounding may cost") as failure:
+    with pytest.raises(luthier.ArtifactError, match="more than the 0\\.1 that rounding may cost") as failure:
         luthier.mend(merged, tmp_path / "out", base=base)
     assert failure.value.code == "proof-failed"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
@@ -164,7 +164,10 @@ def test_what_no_adapter_carries_is_refused_by_name(tmp_path):
     refused(lambda w: w | {embedding: w[embedding] + 0.1}, "tied to the head")
     refused(lambda w: w | {embedding: torch.cat([w[embedding], w[embedding][:8]])}, "from 320 to 328 rows")
     full = "model.layers.1.mlp.up_proj.weight"
-    refused(lambda w: w | {full: w[full] + 0.1 * torch.randn_like(w[full])}, r"not changed by a low-rank adapter \(rank 8 would leave \d+%; rank 16 would leave")
+    refused(
+        lambda w: w | {full: w[full] + 0.1 * torch.randn_like(w[full])},
+        r"not changed by a low-rank adapter \(rank 8 would leave \d+%; rank 16 would leave",
+    )
 
 
 def test_equal_models_are_nothing_to_recover(tmp_path):

@@ -27,7 +27,13 @@ def main(request_path):
     different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     apart = max(distance(left, right) for left, right in zip(expected, logits))
     finite = all(bool(one.isfinite().all()) for one in expected)
-    told = {"tensors": len(found), "different": different, "apart": apart, "finite": finite, "luthier": "luthier" in sys.modules}
+    told = {
+        "tensors": len(found),
+        "different": different,
+        "apart": apart,
+        "finite": finite,
+        "luthier": "luthier" in sys.modules,
+    }
     print(json.dumps(told))
 
 
@@ -76,10 +82,17 @@ def from_source(request):
     read = {"distcp": by_checkpoint_reader, "safetensors": by_checkpoint_reader, "torch": by_torch_load}
     tensors = read[request["reader"]](request)
     dtype = getattr(torch, request["dtype"])
-    state = {name: tensors[own].to(dtype) if tensors[own].is_floating_point() else tensors[own] for name, own in request["names"].items()}
-    model, loading = kind_of(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    state = {
+        name: tensors[own].to(dtype) if tensors[own].is_floating_point() else tensors[own]
+        for name, own in request["names"].items()
+    }
+    model, loading = kind_of(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
     if loading["missing_keys"] or loading["unexpected_keys"]:
-        raise SystemExit(f"missing {sorted(loading['missing_keys'])[:3]}, unexpected {sorted(loading['unexpected_keys'])[:3]}")
+        raise SystemExit(
+            f"missing {sorted(loading['missing_keys'])[:3]}, unexpected {sorted(loading['unexpected_keys'])[:3]}"
+        )
     return model
 
 
@@ -94,7 +107,9 @@ def by_checkpoint_reader(request):
         Reader = dcp.FileSystemReader
     kept = set(request["names"].values())
     described = Reader(request["source"]).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items() if name in kept}
+    tensors = {
+        name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described.items() if name in kept
+    }
     dcp.load(tensors, storage_reader=Reader(request["source"]), no_dist=True)
     return tensors
 
