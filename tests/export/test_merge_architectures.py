@@ -12,6 +12,7 @@ from gguf_models import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MllamaForConditionalGeneration
 
+import luthier
 from luthier.export.merged.merge import merge_folders
 
 APART = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,6 +51,7 @@ CASES = [
     for base in BASES
     for option in OPTIONS
     if base == {"experts": "qwen3-moe", "convolution": "mllama"}.get(option, base)
+    and (base, option) != ("mllama", "grown vocabulary")  # refused, below
     and ("bias" not in option or base not in HAVE_NO_BIAS)
 ]  # fmt: skip
 
@@ -120,3 +122,16 @@ def test_two_adapters_merged_answer_as_both_active_together(kind, bases, tmp_pat
     wanted, found = logits(live, kind), logits(opened(tmp_path / "merged", kind), kind)
     assert (alone - wanted).abs().max() > 1e-3 * wanted.abs().max()
     assert (wanted - found).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.slow
+def test_grown_vocabulary_of_llama_vision_is_refused_as_transformers_cannot_open_one(bases, tmp_path):
+    grown = opened(bases("mllama"), "mllama", 5)
+    grown.save_pretrained(tmp_path / "plain")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        opened(tmp_path / "plain", "mllama")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = make_adapter(grown, tmp_path / "adapter", settings)
+    with pytest.raises(luthier.RequestError, match="8 rows more than its head"):
+        merge_folders(bases("mllama"), adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.artifacts.manifest import Manifest
 from luthier.artifacts.tensorfile import DEFAULT_SHARD
-from luthier.errors import ArtifactError
+from luthier.errors import ArtifactError, RequestError
 from luthier.export import exported_folder as folders
 from luthier.export.merged.adapter import Adapter, open_adapters
 from luthier.export.merged.as_trained import Quantised, as_trained, in_the_files_dtypes
@@ -75,6 +75,8 @@ def merge_folders(
         before = folders.parents_of(base)
         _refuse_twice(before, adapters, base)
         plan = plan_merge(source, adapters, word, combination)
+        if plan.vocabulary is not None and config.get("model_type") == "mllama":
+            raise RequestError(f"the adapter was trained with a vocabulary grown to {plan.vocabulary} rows, and no config says that of Llama's vision model: its embeddings always have 8 rows more than its head, so transformers itself cannot open what it saves of such a model.", code="cannot-merge", where=str(several[0]), remedy="Use the adapter on its base, resized as it was in training.")  # fmt: skip
         outputs = plan.outputs if word else in_the_files_dtypes(plan.outputs, source)
         config = folders.changed_config(config, outputs, untied=plan.untied, vocabulary=plan.vocabulary)
         small = folders.companions([base, *several]) if tokenizer is None else folders.companions([base]) | dict(tokenizer)  # fmt: skip
