@@ -77,6 +77,7 @@ def test_sum_of_two_adapters_is_weighted(base, adapter, tmp_path):
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sum_of_adapters_is_proven_against_peft_with_all_of_them_active(base, adapter, tmp_path):
     from luthier.export.proof.exports import prove_merge
 

@@ -67,7 +67,20 @@ def grown(base: Path, settings: dict):
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = (
+    "plain",
+    "head-tied",
+    "embeddings-tied",
+    "saved-tied-together",
+    "tokens-tied",
+    "experts",
+    "grown",
+)  # tensors of all others: below
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
+)
 def test_merged_folder_computes_what_base_and_adapter_compute(case, bases, tmp_path):
     kind, settings = CASES[case]
     base = bases[kind]
